@@ -1,0 +1,1 @@
+"""Plumbing that both services stand on; it knows neither of them."""
