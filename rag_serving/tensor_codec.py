@@ -1,7 +1,5 @@
 """Turns rag.tensor.v1 messages into numpy arrays and back, trusting nothing that the wire says."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Set as AbstractSet
 from typing import Any
