@@ -1,0 +1,1 @@
+"""The generator service: question encoder, RAG-Sequence and RAG-Token decoding."""

@@ -1,0 +1,1 @@
+"""Decoding as pure functions on tensors."""

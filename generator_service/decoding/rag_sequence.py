@@ -1,0 +1,135 @@
+"""RAG-Sequence: candidates of all documents as one prefix tree, and their scores (Lewis et al. 2020, section 2.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from generator_service.decoding import marginalize
+from generator_service.types import Compatibility
+
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """Candidates that share prefixes share decoder rows.
+
+    A row is a prefix that at least one candidate continues; an edge is a (row, next token) pair to be scored.
+    """
+
+    token_ids: Tensor  # int64 [rows]
+    positions: Tensor  # int64 [rows]
+    ancestry: Tensor  # bool [rows, rows]: a row attends to its ancestors and itself
+    edge_rows: Tensor  # int64 [edges]
+    edge_tokens: Tensor  # int64 [edges]
+    paths: list[list[int]]  # edges of each candidate, in order
+
+
+def build_tree(candidates: Sequence[Sequence[int]], device: torch.device) -> PrefixTree:
+    """The tree of candidates, each a list of token ids with the start token first."""
+    rows: dict[tuple[int, ...], int] = {}
+    edges: dict[tuple[int, int], int] = {}
+    parents: list[int] = []
+    tokens: list[int] = []
+    positions: list[int] = []
+    paths: list[list[int]] = []
+    for candidate in candidates:
+        path, parent = [], -1
+        for position in range(len(candidate) - 1):
+            prefix = tuple(candidate[: position + 1])
+            if prefix not in rows:
+                rows[prefix] = len(tokens)
+                tokens.append(candidate[position])
+                positions.append(position)
+                parents.append(parent)
+            parent = rows[prefix]
+            path.append(edges.setdefault((parent, candidate[position + 1]), len(edges)))
+        paths.append(path)
+    ancestry = torch.eye(len(tokens), dtype=torch.bool)
+    for row, above in enumerate(parents):
+        if above >= 0:
+            ancestry[row] |= ancestry[above]
+
+    def ids(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return PrefixTree(
+        token_ids=ids(tokens),
+        positions=ids(positions),
+        ancestry=ancestry.to(device),
+        edge_rows=ids([row for row, _ in edges]),
+        edge_tokens=ids([token for _, token in edges]),
+        paths=paths,
+    )
+
+
+@dataclass(frozen=True)
+class ScoringRules:
+    """Where Hugging Face's get_nll and the mathematics part (docs/parity.md, quirks 2 and 3)."""
+
+    compatibility: Compatibility
+    exclude_bos_score: bool
+    bos_token_id: int | None
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class CandidateScores:
+    """Scores of a question's candidates."""
+
+    log_likelihood: Tensor  # float32 [candidates]: log p(candidate | question), nothing left out
+    score: Tensor  # float32 [candidates]: -loss of get_nll under the rules
+    posterior: Tensor  # float32 [candidates, n_docs]
+
+
+def score_candidates(
+    edge_log_probs: Tensor,
+    paths: Sequence[Sequence[int]],
+    candidates: Sequence[Sequence[int]],
+    log_prior: Tensor,
+    rules: ScoringRules,
+) -> CandidateScores:
+    """Marginalise candidates over documents.
+
+    edge_log_probs float32 [n_docs, edges] of a PrefixTree, paths of its candidates, log_prior [n_docs].
+    """
+    whole, kept, has_prior = [], [], []
+    hf = rules.compatibility is Compatibility.HF
+    starts_with_bos = [len(c) > 1 and c[1] == rules.bos_token_id for c in candidates]
+    for path, candidate, bos in zip(paths, candidates, starts_with_bos, strict=True):
+        # a pad among the targets does not count, as in get_nll
+        edges = [e for e, token in zip(path, candidate[1:], strict=True) if token != rules.pad_token_id]
+        skip = rules.exclude_bos_score and (all(starts_with_bos) if hf else bos)
+        counted = edges[1:] if skip else edges
+        whole.append(edge_log_probs[:, edges].sum(1))
+        kept.append(edge_log_probs[:, counted].sum(1))
+        has_prior.append(not hf or (len(candidate) > 2 and candidate[2] != rules.pad_token_id))
+    documents = torch.stack(whole)  # [candidates, n_docs]
+    counts = torch.tensor(has_prior, device=log_prior.device)[:, None]
+    prior = torch.where(counts, log_prior[None], torch.zeros_like(log_prior)[None])
+    return CandidateScores(
+        log_likelihood=marginalize.sequence_log_likelihood(documents, log_prior),
+        score=torch.logsumexp(torch.stack(kept) + prior, dim=-1),
+        posterior=marginalize.sequence_posterior(documents, log_prior),
+    )
+
+
+def fast_scores(
+    document_log_probs: Sequence[dict[int, tuple[float, float]]], log_prior: Tensor
+) -> CandidateScores:
+    """The paper's fast decoding: a candidate counts only under documents whose beam held it.
+
+    document_log_probs[c][d] = (log p(c | question, d), the same with exclude_bos_score applied).
+    """
+    absent = float("-inf")
+    n_docs = int(log_prior.shape[0])
+    whole = torch.tensor([[h[d][0] if d in h else absent for d in range(n_docs)] for h in document_log_probs])
+    kept = torch.tensor([[h[d][1] if d in h else absent for d in range(n_docs)] for h in document_log_probs])
+    whole, kept = whole.to(log_prior.device), kept.to(log_prior.device)
+    return CandidateScores(
+        log_likelihood=marginalize.sequence_log_likelihood(whole, log_prior),
+        score=marginalize.sequence_log_likelihood(kept, log_prior),
+        posterior=marginalize.sequence_posterior(whole, log_prior),
+    )

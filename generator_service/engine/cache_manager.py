@@ -1,0 +1,37 @@
+"""Admission by memory: the bytes of a request are known, and reserved, before it runs."""
+
+from __future__ import annotations
+
+from generator_service.engine.request import Request
+
+
+class CacheManager:
+    """Bytes of the device's caches: contexts' keys and values, and the rows' own."""
+
+    def __init__(self, *, budget_bytes: int, bytes_per_context_token: int, bytes_per_slot: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.reserved_bytes = 0
+        self._context_token = bytes_per_context_token
+        self._slot = bytes_per_slot
+
+    def required_bytes(self, request: Request) -> int:
+        """What the request holds at its longest."""
+        return sum(request.context_lengths) * self._context_token + request.max_slots * self._slot
+
+    def can_ever_fit(self, request: Request) -> bool:
+        """Whether an empty device would take it."""
+        return self.required_bytes(request) <= self.budget_bytes
+
+    def reserve(self, request: Request) -> bool:
+        """Set its bytes aside; False where they are not there now."""
+        needed = self.required_bytes(request)
+        if self.reserved_bytes + needed > self.budget_bytes:
+            return False
+        request.reserved_bytes = needed
+        self.reserved_bytes += needed
+        return True
+
+    def release(self, request: Request) -> None:
+        """Give its bytes back; doing so twice changes nothing."""
+        self.reserved_bytes -= request.reserved_bytes
+        request.reserved_bytes = 0

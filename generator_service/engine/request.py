@@ -1,0 +1,104 @@
+"""A request inside the engine, and the states it goes through."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, ScoreTarget, Work
+from generator_service.types import Compatibility, Strategy
+
+
+class RequestState(Enum):
+    """Where a request stands."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED_ANSWERED = auto()
+    FINISHED_ABORTED = auto()
+    FINISHED_EXPIRED = auto()
+    FINISHED_FAILED = auto()
+
+
+@dataclass(eq=False)
+class Request:
+    """One question or target, from its arrival to its answer. Times are time.monotonic's seconds."""
+
+    work: Work
+    arrived_s: float = field(default_factory=time.monotonic)
+    admitted_s: float | None = None
+    state: RequestState = RequestState.WAITING
+    reserved_bytes: int = 0
+
+    @property
+    def request_id(self) -> int:
+        """The service's number for it."""
+        return self.work.request_id
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When the caller stops waiting."""
+        return None if isinstance(self.work, EncodeQuestion) else self.work.deadline_s
+
+    def expired(self, now_s: float) -> bool:
+        """Whether nobody waits any more."""
+        return self.deadline_s is not None and now_s >= self.deadline_s
+
+    @property
+    def max_rows(self) -> int:
+        """Decoder rows of its widest step."""
+        match self.work:
+            case GenerateAnswer():
+                return len(self.work.contexts) * max(self.work.settings.num_beams, self.num_chains)
+            case ScoreTarget():
+                return len(self.work.contexts) * len(self.work.labels)
+            case EncodeQuestion():
+                return 0
+
+    @property
+    def num_chains(self) -> int:
+        """Independent hypotheses of greedy search and sampling."""
+        work = self.work
+        if isinstance(work, GenerateAnswer) and work.strategy is Strategy.RAG_TOKEN and work.settings.do_sample:
+            return work.settings.num_return_sequences
+        return 1
+
+    @property
+    def context_lengths(self) -> list[int]:
+        """Tokens of every context that is encoded for it."""
+        if isinstance(self.work, EncodeQuestion):
+            return []
+        lengths = [len(c) for c in self.work.contexts]
+        if self.attends_pads:
+            assert isinstance(self.work, GenerateAnswer) and self.work.padded_contexts is not None
+            lengths += [len(c) for c in self.work.padded_contexts]
+        return lengths
+
+    @property
+    def attends_pads(self) -> bool:
+        """Whether candidates are generated over padded contexts (docs/parity.md, quirk 1)."""
+        work = self.work
+        return (
+            isinstance(work, GenerateAnswer)
+            and work.strategy is Strategy.RAG_SEQUENCE
+            and work.compatibility is Compatibility.HF
+            and work.padded_contexts is not None
+            and any(len(p) > len(c) for p, c in zip(work.padded_contexts, work.contexts, strict=True))
+        )
+
+    @property
+    def max_slots(self) -> int:
+        """Self-attention slots of all its searches at their longest, and of scoring its candidates."""
+        match self.work:
+            case GenerateAnswer():
+                width = max(self.work.settings.num_beams, self.num_chains)
+                search = 1 + max(0, self.work.settings.max_length - 2) * width
+                scoring = 0
+                if self.work.strategy is Strategy.RAG_SEQUENCE:
+                    scoring = width * len(self.work.contexts) * self.work.settings.max_length
+                return (search + scoring) * len(self.work.contexts)
+            case ScoreTarget():
+                return len(self.work.labels) * len(self.work.contexts)
+            case EncodeQuestion():
+                return 0

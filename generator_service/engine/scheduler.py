@@ -1,0 +1,111 @@
+"""Which requests run in the next step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from generator_service.engine.cache_manager import CacheManager
+from generator_service.engine.messages import EncodeQuestion
+from generator_service.engine.queue import WaitingQueue
+from generator_service.engine.request import Request, RequestState
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """What one step may hold; each bound lets at least one request through, however large."""
+
+    max_rows: int = 1024
+    max_context_tokens: int = 4096
+    max_questions_encoded: int = 64
+
+
+@dataclass
+class Schedule:
+    """What a step does: questions to encode, requests that join, and those that have lost their place."""
+
+    encode: list[Request] = field(default_factory=list)
+    admit: list[Request] = field(default_factory=list)
+    dropped: list[Request] = field(default_factory=list)
+
+
+class Scheduler:
+    """Step-granular admission: a request joins at the next step that has room and leaves when it is done."""
+
+    def __init__(self, cache: CacheManager, limits: SchedulerLimits) -> None:
+        self.waiting = WaitingQueue()
+        self.running: dict[int, Request] = {}
+        self.cache = cache
+        self._limits = limits
+        self._aborted: list[Request] = []
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request that can fit (see CacheManager.can_ever_fit)."""
+        self.waiting.push(request)
+
+    def abort(self, request_id: int) -> None:
+        """Take a request out, wherever it is; its rows are gone before the next step."""
+        request = self.waiting.remove(request_id) or self.running.get(request_id)
+        if request is not None:
+            request.state = RequestState.FINISHED_ABORTED
+            self._aborted.append(request)
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(len(self.waiting) or self.running or self._aborted)
+
+    def schedule(self) -> Schedule:
+        """Decide the next step."""
+        schedule = Schedule(dropped=self._aborted)
+        self._aborted = []
+        self._expire(schedule)
+        for request in schedule.dropped:
+            self._forget(request)
+        self._admit(schedule)
+        return schedule
+
+    def finish(self, request: Request, state: RequestState) -> None:
+        """The request needs no more steps."""
+        request.state = state
+        self._forget(request)
+
+    @property
+    def num_rows(self) -> int:
+        """Decoder rows of the running requests at their widest."""
+        return sum(r.max_rows for r in self.running.values())
+
+    def _forget(self, request: Request) -> None:
+        self.running.pop(request.request_id, None)
+        self.cache.release(request)
+
+    def _expire(self, schedule: Schedule) -> None:
+        now_s = time.monotonic()
+        for request in self.waiting.expired(now_s):
+            self.waiting.remove(request.request_id)
+            request.state = RequestState.FINISHED_EXPIRED
+            schedule.dropped.append(request)
+        for request in self.running.values():
+            if request.expired(now_s):
+                request.state = RequestState.FINISHED_EXPIRED
+                schedule.dropped.append(request)
+
+    def _admit(self, schedule: Schedule) -> None:
+        rows, tokens = self.num_rows, 0
+        while (request := self.waiting.peek()) is not None:
+            if isinstance(request.work, EncodeQuestion):
+                if len(schedule.encode) >= self._limits.max_questions_encoded:
+                    return
+                schedule.encode.append(self.waiting.pop())
+                continue
+            rows += request.max_rows
+            tokens += sum(request.context_lengths)
+            if self.running and rows > self._limits.max_rows:
+                return
+            if schedule.admit and tokens > self._limits.max_context_tokens:
+                return
+            if not self.cache.reserve(request):
+                return
+            self.waiting.pop()
+            request.state, request.admitted_s = RequestState.RUNNING, time.monotonic()
+            self.running[request.request_id] = request
+            schedule.admit.append(request)

@@ -1,0 +1,172 @@
+"""Work that scores given tokens rather than choosing them: RAG-Sequence's candidates, and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from generator_service.decoding import marginalize, rag_sequence, targets
+from generator_service.engine.messages import GenerateAnswer, ScoreTarget
+from generator_service.engine.request import Request
+from generator_service.engine.search import FoundHypothesis
+from generator_service.model.backbone import Backbone, RowBlock
+from generator_service.model.kv_cache import ContextStates
+from generator_service.types import Compatibility, Hypothesis, QuestionScore, SequenceDecoding
+
+_ROWS_A_CHUNK = 256
+"""Rows whose scores over the vocabulary are held at once."""
+
+
+@dataclass
+class CandidateScoring:
+    """RAG-Sequence's candidates of one question, waiting for their step."""
+
+    request: Request
+    candidates: list[list[int]]
+    tree: rag_sequence.PrefixTree
+    block: RowBlock
+
+
+@dataclass
+class TargetScoring:
+    """A target of one question, waiting for its step."""
+
+    request: Request
+    labels: Tensor
+    block: RowBlock
+
+
+def candidates_of(work: GenerateAnswer, found: Sequence[Sequence[FoundHypothesis]]) -> list[list[int]]:
+    """All documents' hypotheses, document by document, as get_nll is given them."""
+    settings = work.settings
+    rows = [h.token_ids for document in found for h in document]
+    if work.compatibility is Compatibility.HF and settings.is_beam_search:
+        fill = settings.beam_fill_token_id
+        if fill != settings.pad_token_id:  # Hugging Face fills with the end token, and scores it
+            widest = max(len(r) for r in rows)
+            rows = [r + [fill] * (widest - len(r)) for r in rows]
+    if work.do_deduplication:
+        rows = [list(r) for r in dict.fromkeys(tuple(r) for r in rows)]
+    return rows
+
+
+def start_candidates(
+    request: Request, candidates: list[list[int]], contexts: Sequence[ContextStates], backbone: Backbone, device: torch.device
+) -> CandidateScoring:
+    """Lay the candidates out as rows over all the question's contexts."""
+    tree = rag_sequence.build_tree(candidates, device)
+    cache = backbone.new_cache(len(contexts))
+    cache.append(tree.token_ids, tree.positions)
+    block = RowBlock(tree.token_ids, tree.positions, contexts, cache, tree.ancestry)
+    return CandidateScoring(request, candidates, tree, block)
+
+
+def start_target(
+    request: Request, contexts: Sequence[ContextStates], backbone: Backbone, device: torch.device
+) -> TargetScoring:
+    """Lay a target out as rows over all the question's contexts."""
+    work = request.work
+    assert isinstance(work, ScoreTarget)
+    labels = torch.tensor(work.labels, dtype=torch.int64, device=device)
+    positions = torch.arange(len(work.labels), device=device)
+    cache = backbone.new_cache(len(contexts))
+    cache.append(labels, positions)
+    ancestry = torch.ones(len(labels), len(labels), dtype=torch.bool, device=device).tril()
+    return TargetScoring(request, labels, RowBlock(labels, positions, contexts, cache, ancestry))
+
+
+def finish_candidates(scoring: CandidateScoring, states: Tensor, backbone: Backbone, log_prior: Tensor) -> list[Hypothesis]:
+    """Answers, best first; states are the decoder's for the scoring's block."""
+    work = scoring.request.work
+    assert isinstance(work, GenerateAnswer)
+    edges = _edge_log_probs(scoring, states, backbone)
+    rules = rag_sequence.ScoringRules(
+        work.compatibility, work.exclude_bos_score, work.settings.bos_token_id, work.settings.pad_token_id
+    )
+    scores = rag_sequence.score_candidates(edges, scoring.tree.paths, scoring.candidates, log_prior, rules)
+    return ranked(scoring.candidates, scores, work.settings.num_return_sequences)
+
+
+def fast_hypotheses(work: GenerateAnswer, found: Sequence[Sequence[FoundHypothesis]], log_prior: Tensor) -> list[Hypothesis]:
+    """Answers by the paper's fast decoding: no further pass over the model."""
+    held: dict[tuple[int, ...], dict[int, tuple[float, float]]] = {}
+    for document, hypotheses in enumerate(found):
+        for hypothesis in hypotheses:
+            tokens = hypothesis.token_ids
+            bos = work.exclude_bos_score and len(tokens) > 1 and tokens[1] == work.settings.bos_token_id
+            log_probs = hypothesis.token_log_probs[:, 0]
+            sums = (float(log_probs.sum()), float(log_probs[1:].sum() if bos else log_probs.sum()))
+            held.setdefault(tuple(tokens), {})[document] = sums
+    scores = rag_sequence.fast_scores(list(held.values()), log_prior)
+    return ranked([list(c) for c in held], scores, work.settings.num_return_sequences)
+
+
+def is_fast(work: GenerateAnswer) -> bool:
+    """Whether candidates count only under the documents whose beam held them."""
+    return work.sequence_decoding is SequenceDecoding.FAST
+
+
+def ranked(candidates: list[list[int]], scores: rag_sequence.CandidateScores, count: int) -> list[Hypothesis]:
+    """The best candidates; fewer than count where there are no more."""
+    order = torch.sort(scores.score, descending=True, stable=True)[1][:count].tolist()
+    return [
+        Hypothesis(
+            token_ids=candidates[i],
+            score=float(scores.score[i]),
+            log_likelihood=float(scores.log_likelihood[i]),
+            document_posterior=scores.posterior[i].tolist(),
+        )
+        for i in order
+    ]
+
+
+def token_hypotheses(work: GenerateAnswer, found: Sequence[FoundHypothesis], log_prior: Tensor) -> list[Hypothesis]:
+    """RAG-Token's answers, best first, with what each owes to which document."""
+    out = []
+    for hypothesis in found:
+        real = hypothesis.token_log_probs.abs().sum(1) > 0  # forced tokens are certain: they say nothing
+        log_probs = hypothesis.token_log_probs[real]
+        log_likelihood = float(torch.logsumexp(log_probs + log_prior, dim=1).sum())
+        out.append(
+            Hypothesis(
+                token_ids=hypothesis.token_ids,
+                score=hypothesis.score if work.settings.is_beam_search else log_likelihood,
+                log_likelihood=log_likelihood,
+                document_posterior=marginalize.token_posterior(log_probs, log_prior).tolist(),
+            )
+        )
+    out.sort(key=lambda h: -h.score)
+    return out[: work.settings.num_return_sequences]
+
+
+def finish_target(scoring: TargetScoring, states: Tensor, backbone: Backbone, log_prior: Tensor) -> QuestionScore:
+    """Score of a target; states are the decoder's for the scoring's block."""
+    work = scoring.request.work
+    assert isinstance(work, ScoreTarget)
+    log_probs = torch.log_softmax(backbone.logits(states), dim=-1)
+    rules = targets.LossRules(work.strategy, work.compatibility, work.exclude_first, work.pad_token_id)
+    shaped = log_probs.view(len(scoring.block.contexts), len(work.labels), -1)
+    return targets.score_target(shaped, scoring.labels, log_prior, rules)
+
+
+def _edge_log_probs(scoring: CandidateScoring, states: Tensor, backbone: Backbone) -> Tensor:
+    """float32 [n_docs, edges]: log p(next token | prefix, document)."""
+    tree, n_docs = scoring.tree, len(scoring.block.contexts)
+    rows = tree.token_ids.shape[0]
+    out = torch.empty((n_docs, tree.edge_rows.shape[0]), device=states.device)
+    for start, logits, lse in _chunks(states, backbone):
+        for document in range(n_docs):
+            row = document * rows + tree.edge_rows
+            here = (row >= start) & (row < start + logits.shape[0])
+            local = row[here] - start
+            out[document, here] = logits[local, tree.edge_tokens[here]] - lse[local]
+    return out
+
+
+def _chunks(states: Tensor, backbone: Backbone) -> Iterator[tuple[int, Tensor, Tensor]]:
+    for start in range(0, states.shape[0], _ROWS_A_CHUNK):
+        logits = backbone.logits(states[start : start + _ROWS_A_CHUNK])
+        yield start, logits, logits.logsumexp(dim=-1)

@@ -1,0 +1,108 @@
+"""One beam search or set of chains: RAG-Token's over all documents of a question, RAG-Sequence's over one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from generator_service.decoding import logits_processors, sampling
+from generator_service.engine.request import Request
+from generator_service.model.backbone import RowBlock
+from generator_service.model.kv_cache import ContextStates, SelfCache
+from generator_service.types import GenerationSettings
+
+
+class PoolKey(NamedTuple):
+    """Searches with equal keys share their state tensors."""
+
+    beam: bool
+    width: int
+    keep: int
+    num_docs: int
+
+
+@dataclass(frozen=True)
+class FoundHypothesis:
+    """A hypothesis of a finished search: token ids with the start token, no pads.
+
+    token_log_probs float32 [tokens generated, docs]: zeros where the token was forced.
+    """
+
+    token_ids: list[int]
+    score: float
+    token_log_probs: Tensor
+
+
+class Search:
+    """What a search needs beside its rows in the pool's state."""
+
+    def __init__(
+        self,
+        request: Request,
+        document: int,
+        settings: GenerationSettings,
+        contexts: Sequence[ContextStates],
+        context_token_ids: Sequence[Tensor],
+        log_prior: Tensor,
+        cache: SelfCache,
+        *,
+        num_chains: int,
+    ) -> None:
+        device = log_prior.device
+        self.request, self.document, self.settings = request, document, settings
+        self.contexts, self.log_prior, self.cache = contexts, log_prior, cache
+        self.cur_len = 1
+        self.ancestry: Tensor | None = None  # bool [width, slots]
+        self.processors = logits_processors.build(settings, context_token_ids, device)
+        self.warpers = logits_processors.build_warpers(settings, device)
+        self.random = sampling.generator(settings.seed + document) if settings.do_sample else None
+        self.key = PoolKey(
+            beam=settings.is_beam_search,
+            width=settings.num_beams if settings.is_beam_search else num_chains,
+            keep=settings.beams_to_keep if settings.is_beam_search else 1,
+            num_docs=len(contexts),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the next step: one while all beams are the same."""
+        return 1 if self.key.beam and self.cur_len == 1 else self.key.width
+
+    @property
+    def forced_token(self) -> int | None:
+        """The only token that may come next, if there is one."""
+        return logits_processors.forced_token(self.settings, self.cur_len)
+
+    @property
+    def ends_forced(self) -> bool:
+        """Whether the next token is known and the last, so that nothing need be computed."""
+        return self.forced_token is not None and self.cur_len == self.settings.max_length - 1
+
+    def block(self, token_ids: Tensor) -> RowBlock:
+        """The rows of the next step; token_ids int64 [rows] are the newest tokens of its hypotheses."""
+        positions = torch.full_like(token_ids, self.cur_len - 1)
+        self.cache.append(token_ids, positions)
+        own = torch.eye(len(token_ids), dtype=torch.bool, device=token_ids.device)
+        self.ancestry = own if self.ancestry is None else torch.cat([self.ancestry, own], dim=1)
+        alone = len(token_ids) == 1
+        return RowBlock(token_ids, positions, self.contexts, self.cache, None if alone else self.ancestry)
+
+    def follow(self, parents: Tensor) -> None:
+        """Beams have moved: parents int64 [width] names the row that each continues."""
+        if self.ancestry is not None:
+            self.ancestry = self.ancestry[parents.clamp_max(self.ancestry.shape[0] - 1)]
+
+    def processed(self, scores: Tensor, input_ids: Tensor) -> Tensor:
+        """scores [rows, vocab] after the processors and warpers; input_ids [rows, cur_len]."""
+        for processor in (*self.processors, *self.warpers):
+            scores = processor(input_ids, scores)
+        return scores
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the best tokens are simply the likeliest ones."""
+        return not self.processors and not self.warpers and self.random is None

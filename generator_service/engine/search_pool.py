@@ -1,0 +1,204 @@
+"""Searches of one shape, advanced together: state tensors over all, one vectorised update a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from generator_service.decoding import beam, chains, marginalize, sampling
+from generator_service.engine.search import FoundHypothesis, PoolKey, Search
+from generator_service.model.backbone import RowBlock
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """What the decoder said of a search's rows: logits [docs, rows, vocab] and their logsumexp [docs, rows].
+
+    Both None where the next token is forced.
+    """
+
+    logits: Tensor | None
+    lse: Tensor | None
+
+
+class SearchPool:
+    """Adds, advances and removes searches with the same PoolKey."""
+
+    def __init__(self, key: PoolKey) -> None:
+        self.key = key
+        self.searches: list[Search] = []
+        self._beams: beam.BeamState | None = None
+        self._chains: chains.ChainState | None = None
+
+    def add(self, search: Search) -> None:
+        """A search joins at its first token."""
+        device = search.log_prior.device
+        if self.key.beam:
+            begun = beam.start(search.settings, self.key.num_docs, device)
+            self._beams = begun if self._beams is None else beam.concatenate(self._beams, begun)
+        else:
+            chain = chains.start(search.settings, self.key.width, self.key.num_docs, device)
+            self._chains = chain if self._chains is None else chains.concatenate(self._chains, chain)
+        self.searches.append(search)
+
+    def blocks(self) -> list[RowBlock | None]:
+        """The rows of each search's next step; None where nothing need be computed."""
+        running = self._state.running
+        return [
+            None if s.ends_forced else s.block(running[i, : s.rows, s.cur_len - 1].clone())
+            for i, s in enumerate(self.searches)
+        ]
+
+    def advance(self, scores: list[StepScores]) -> None:
+        """Take one token in every search."""
+        if self.key.beam:
+            self._advance_beams(scores)
+        else:
+            self._advance_chains(scores)
+        for search in self.searches:
+            search.cur_len += 1
+
+    def take_finished(self) -> list[tuple[Search, list[FoundHypothesis]]]:
+        """Remove the searches that are done; their hypotheses, best first."""
+        done = self._state.done.tolist()
+        if not any(done):
+            return []
+        found = [(s, self._hypotheses(i)) for i, s in enumerate(self.searches) if done[i]]
+        self._keep([i for i, d in enumerate(done) if not d])
+        return found
+
+    def remove_request(self, request_id: int) -> None:
+        """Forget the searches of a request."""
+        self._keep([i for i, s in enumerate(self.searches) if s.request.request_id != request_id])
+
+    @property
+    def _state(self) -> beam.BeamState | chains.ChainState:
+        state = self._beams if self.key.beam else self._chains
+        assert state is not None
+        return state
+
+    def _keep(self, kept: list[int]) -> None:
+        if len(kept) == len(self.searches):
+            return
+        index = torch.tensor(kept, dtype=torch.int64, device=self._state.running.device)
+        if self._beams is not None:
+            self._beams = self._beams.select(index)
+        if self._chains is not None:
+            self._chains = self._chains.select(index)
+        self.searches = [self.searches[i] for i in kept]
+
+    # --- beams
+
+    def _advance_beams(self, scores: list[StepScores]) -> None:
+        state = self._beams
+        assert state is not None
+        tops = [
+            self._top_tokens(s, sc, state.running[i, : s.rows, : s.cur_len])
+            for i, (s, sc) in enumerate(zip(self.searches, scores, strict=True))
+        ]
+        width = max(t[0].shape[1] for t in tops)
+        top_log_probs = torch.stack([self._widened(t[0], width, float("-inf")) for t in tops])
+        top_ids = torch.stack([self._widened(t[1], width, 0) for t in tops])
+        best, parents, tokens = beam.select_continuations(
+            top_log_probs, top_ids, state.running_scores, self.key.keep
+        )
+        for i, search in enumerate(self.searches):
+            if search.random is not None and scores[i].logits is not None:
+                best[i], parents[i], tokens[i] = self._drawn(i, scores[i], state)
+        history = torch.stack(
+            [self._token_log_probs(sc, parents[i], tokens[i]) for i, sc in enumerate(scores)]
+        )  # [searches, keep, docs]
+        self._beams, live_parents = beam.advance(state, best, parents, tokens, history)
+        for search, moved in zip(self.searches, live_parents, strict=True):
+            search.follow(moved)
+
+    def _top_tokens(self, search: Search, scores: StepScores, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The best continuations of each row: log-probabilities and token ids, each [rows, k]."""
+        if scores.logits is None or scores.lse is None:
+            forced = torch.tensor([[search.forced_token]], device=input_ids.device).expand(search.rows, 1)
+            return torch.zeros(forced.shape, device=input_ids.device), forced
+        keep = min(self.key.keep, scores.logits.shape[-1])
+        if search.random is not None:  # its continuations are drawn, these only hold their place
+            place = torch.zeros((search.rows, keep), dtype=torch.int64, device=input_ids.device)
+            return place.float(), place
+        if search.is_plain and self.key.num_docs == 1:
+            values, ids = scores.logits[0].topk(keep, dim=-1)
+            return values - scores.lse[0][:, None], ids
+        mixture = search.processed(self._mixture(search, scores), input_ids)
+        values, ids = mixture.topk(keep, dim=-1)
+        return values, ids
+
+    def _widened(self, top: Tensor, width: int, fill: float) -> Tensor:
+        """[rows, k] -> [beams, width]: the first step's one row stands for all its equal beams."""
+        wide = top.new_full((self.key.width, width), fill)
+        wide[:, : top.shape[1]] = top
+        return wide
+
+    def _drawn(self, index: int, scores: StepScores, state: beam.BeamState) -> tuple[Tensor, Tensor, Tensor]:
+        search = self.searches[index]
+        assert search.random is not None
+        input_ids = state.running[index, : search.rows, : search.cur_len]
+        log_probs = search.processed(self._mixture(search, scores), input_ids).expand(self.key.width, -1)
+        return sampling.draw_continuations(log_probs, state.running_scores[index], self.key.keep, search.random)
+
+    @staticmethod
+    def _mixture(search: Search, scores: StepScores) -> Tensor:
+        """log p(token | prefix) of each row [rows, vocab]: of its document, or marginalised."""
+        assert scores.logits is not None and scores.lse is not None
+        log_probs = scores.logits - scores.lse[:, :, None]
+        if log_probs.shape[0] == 1:
+            return log_probs[0]
+        return marginalize.rag_token_mixture(log_probs, search.log_prior)
+
+    def _token_log_probs(self, scores: StepScores, parents: Tensor, tokens: Tensor) -> Tensor:
+        """log p(token | document, prefix) of chosen continuations [n, docs]; zeros where they are forced."""
+        if scores.logits is None or scores.lse is None:
+            return torch.zeros((tokens.shape[0], self.key.num_docs), device=tokens.device)
+        rows = parents.clamp_max(scores.logits.shape[1] - 1)
+        return (scores.logits[:, rows, tokens] - scores.lse[:, rows]).T
+
+    # --- chains
+
+    def _advance_chains(self, scores: list[StepScores]) -> None:
+        state = self._chains
+        assert state is not None
+        tokens, history = [], []
+        rows = torch.arange(self.key.width, device=state.running.device)
+        for i, (search, step) in enumerate(zip(self.searches, scores, strict=True)):
+            chosen = self._next_tokens(search, step, state.running[i, :, : search.cur_len])
+            tokens.append(chosen)
+            history.append(self._token_log_probs(step, rows, chosen))
+        self._chains = chains.advance(state, torch.stack(tokens), torch.stack(history))
+
+    def _next_tokens(self, search: Search, scores: StepScores, input_ids: Tensor) -> Tensor:
+        """int64 [chains]."""
+        if scores.logits is None:
+            return torch.full((self.key.width,), search.forced_token, device=input_ids.device)
+        # Hugging Face processes raw logits here, and log-probabilities where documents are mixed
+        mixed = scores.logits[0] if self.key.num_docs == 1 else self._mixture(search, scores)
+        processed = search.processed(mixed, input_ids)
+        if search.random is not None:
+            return sampling.draw_tokens(processed, search.random)
+        return processed.argmax(dim=-1)
+
+    # --- results
+
+    def _hypotheses(self, index: int) -> list[FoundHypothesis]:
+        if self.key.beam:
+            state = self._beams
+            assert state is not None
+            lengths, scores = state.lengths[index].tolist(), state.scores[index].tolist()
+            sequences, history = state.sequences[index], state.log_probs[index]
+        else:
+            chain = self._chains
+            assert chain is not None
+            lengths, sequences, history = chain.lengths[index].tolist(), chain.running[index], chain.running_log_probs[index]
+            scores = [0.0] * self.key.width
+        return [
+            FoundHypothesis(
+                token_ids=sequences[i, : n + 1].tolist(), score=scores[i], token_log_probs=history[i, 1 : n + 1]
+            )
+            for i, n in enumerate(lengths)
+        ]

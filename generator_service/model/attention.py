@@ -1,0 +1,91 @@
+"""Attention over packed rows: each context's keys and values are read once for all its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from generator_service.model.backbone import RowBatch
+
+
+def encoder_attention(
+    qkv: Tensor, lengths: Sequence[int], heads: int, *, scale: float | None, bias: Tensor | None
+) -> Tensor:
+    """Full self-attention within each context of a packed batch.
+
+    qkv [tokens, 3 * inner], lengths of the contexts in it, bias [1, heads, longest, longest] or None;
+    returns [tokens, inner].
+    """
+    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in qkv.chunk(3, dim=-1))
+    out = torch.empty_like(qkv[:, : qkv.shape[1] // 3])
+    start = 0
+    for length in lengths:
+        end = start + length
+        mask = None if bias is None else bias[:, :, :length, :length]
+        attended = F.scaled_dot_product_attention(
+            query[None, :, start:end], key[None, :, start:end], value[None, :, start:end], attn_mask=mask, scale=scale
+        )
+        out[start:end] = attended[0].transpose(0, 1).flatten(1)
+        start = end
+    return out
+
+
+def self_attention(
+    qkv: Tensor, batch: RowBatch, masks: Sequence[Tensor | None], layer: int, heads: int, *, scale: float | None
+) -> Tensor:
+    """Attention of rows to their ancestors; writes the rows' keys and values into the caches.
+
+    qkv [rows, 3 * inner]; masks are additive [1, heads or 1, block rows, slots] a block, or None; returns [rows, inner].
+    """
+    inner = qkv.shape[1] // 3
+    out = torch.empty_like(qkv[:, :inner])
+    for (block, start, end), mask in zip(batch.spans(), masks, strict=True):
+        # [contexts * rows, 3 * inner] -> three of [contexts, heads, rows, head_dim]
+        parts = qkv[start:end].view(len(block.contexts), -1, 3, heads, inner // heads).permute(2, 0, 3, 1, 4)
+        keys, values = block.cache.write(layer, parts[1], parts[2])
+        attended = F.scaled_dot_product_attention(parts[0], keys, values, attn_mask=mask, scale=scale)
+        out[start:end] = attended.transpose(1, 2).reshape(end - start, inner)
+    return out
+
+
+def cross_attention(query: Tensor, batch: RowBatch, layer: int, heads: int, *, scale: float | None) -> Tensor:
+    """Attention of rows to their context: query [rows, inner] -> [rows, inner]. No pads, so no masks."""
+    out = torch.empty_like(query)
+    for block, start, _ in batch.spans():
+        rows = int(block.token_ids.shape[0])
+        for index, context in enumerate(block.contexts):
+            assert context.cross is not None
+            low = start + index * rows
+            part = query[low : low + rows].unflatten(-1, (heads, -1)).transpose(0, 1)[None]
+            keys, values = context.cross[2 * layer][None], context.cross[2 * layer + 1][None]
+            attended = F.scaled_dot_product_attention(part, keys, values, scale=scale)
+            out[low : low + rows] = attended[0].transpose(0, 1).flatten(1)
+    return out
+
+
+def ancestry_mask(ancestry: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """bool [rows, slots] -> additive [1, 1, rows, slots]."""
+    if ancestry is None:
+        return None
+    mask = torch.zeros(ancestry.shape, dtype=dtype, device=ancestry.device)
+    return mask.masked_fill_(~ancestry, float("-inf"))[None, None]
+
+
+def concatenated(*linears: torch.nn.Linear) -> torch.nn.Linear:
+    """One linear layer that computes several of the same input side by side."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    merged = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None)
+    merged.weight = torch.nn.Parameter(weight, requires_grad=False)
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias.detach() for linear in linears])
+        merged.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return merged
+
+
+def cross_states(projected: Tensor, lengths: Sequence[int], num_layers: int, heads: int) -> list[Tensor]:
+    """Split packed key/value projections [tokens, 2 * layers * inner] into [2 * layers, heads, length, head_dim]."""
+    parts = projected.split(list(lengths))
+    return [p.view(p.shape[0], 2 * num_layers, heads, -1).permute(1, 2, 0, 3).contiguous() for p in parts]

@@ -1,0 +1,86 @@
+"""What the model runner needs of a seq2seq model: the contract, and the rows it decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from generator_service.model.kv_cache import ContextStates, SelfCache
+
+
+@dataclass
+class RowBlock:
+    """Rows that decode against the same contexts: the beams of a search, or the nodes of a candidate tree.
+
+    Every context sees the same rows (RAG-Token: one beam, n_docs contexts). ancestry is bool [rows, slots] over the
+    cache's slots with these rows appended; None where every row may attend to every slot.
+    """
+
+    token_ids: Tensor  # int64 [rows]
+    positions: Tensor  # int64 [rows]
+    contexts: Sequence[ContextStates]
+    cache: SelfCache
+    ancestry: Tensor | None
+
+    @property
+    def num_rows(self) -> int:
+        """Decoder rows: contexts times rows."""
+        return len(self.contexts) * int(self.token_ids.shape[0])
+
+
+@dataclass
+class RowBatch:
+    """The blocks of one step, packed: block by block, within a block context by context, then row by row."""
+
+    blocks: Sequence[RowBlock]
+
+    def token_ids(self) -> Tensor:
+        """int64 [total rows]."""
+        return torch.cat([b.token_ids.repeat(len(b.contexts)) for b in self.blocks])
+
+    def positions(self) -> Tensor:
+        """int64 [total rows]."""
+        return torch.cat([b.positions.repeat(len(b.contexts)) for b in self.blocks])
+
+    def spans(self) -> Iterator[tuple[RowBlock, int, int]]:
+        """Each block with its first row and one past its last."""
+        start = 0
+        for block in self.blocks:
+            yield block, start, start + block.num_rows
+            start += block.num_rows
+
+
+class Backbone(Protocol):
+    """A seq2seq model cut where RAG decoding needs it cut.
+
+    The states that decode returns are opaque to the caller but for their first dimension; logits turns any selection
+    of them into float32 scores over the vocabulary. Rows never influence one another except through ancestry, so a
+    block's states do not depend on the blocks beside it (up to float rounding).
+    """
+
+    name: str
+    vocab_size: int
+    max_positions: int | None
+    """Longest context and answer that the position embeddings allow; None where there is no limit."""
+
+    def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
+        """Encode contexts, each int64 [length] with no pads, and project keys and values for all decoder layers."""
+
+    def new_cache(self, num_contexts: int) -> SelfCache:
+        """An empty self-attention cache for rows over num_contexts contexts."""
+
+    def decode(self, batch: RowBatch) -> Tensor:
+        """Run the decoder over rows already appended to their caches; returns states [total rows, …]."""
+
+    def logits(self, states: Tensor) -> Tensor:
+        """float32 [rows, vocab_size]."""
+
+    def context_bytes(self, length: int) -> int:
+        """Bytes that a context of this many tokens holds once encoded."""
+
+    def slot_bytes(self) -> int:
+        """Bytes that one decoded row of one context holds."""
