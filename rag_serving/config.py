@@ -142,7 +142,7 @@ def _from_file(cls: type[BaseModel], path: Path) -> dict[str, tuple[Any, str]]:
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
-        raise ValueError(f"--config: {path} must hold names and values, not a {type(loaded).__name__}")  # noqa: TRY004  (the file is wrong, not the program)
+        raise ValueError(f"--config: {path} must hold names and values, not a {type(loaded).__name__}")
     for key in loaded:
         _refuse_unknown(str(key), str(key), list(cls.model_fields), f"key in {path}")
     return {str(key): (value, str(path)) for key, value in loaded.items()}

@@ -11,10 +11,11 @@ from rag_serving import errors
 
 DOMAIN = "ragpair"
 DETAILS_KEY = "grpc-status-details-bin"
-# A client takes 8 KiB of metadata by default; message and details must both fit.
-_MAX_MESSAGE_CHARS = 600
-_MAX_DESCRIPTION_CHARS = 160
-_MAX_VIOLATIONS = 12
+# A client takes 8 KiB of metadata by default. The message travels twice, percent-encoded (up to 3 bytes for
+# one) and inside the details, which travel as base64 (4 bytes for 3): 3 * 700 + 4/3 * (700 + 3000) < 8192.
+_MAX_MESSAGE_BYTES = 700
+_MAX_DESCRIPTION_BYTES = 300
+_MAX_DETAILS_BYTES = 3000
 
 _BY_STATUS: dict[str, type[errors.RagError]] = {
     kind.status: kind
@@ -33,15 +34,21 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 
 def to_status(error: errors.RagError) -> status_pb2.Status:
-    """Returns the status with ErrorInfo, and BadRequest or RetryInfo where the error has them."""
+    """Returns the status with ErrorInfo, and BadRequest or RetryInfo where the error has them.
+
+    Long texts are cut, and violations beyond the first few left out, so that a client can receive it.
+    """
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     details: list[Message] = [info]
     if isinstance(error, errors.InvalidArgumentError):
         bad_request = error_details_pb2.BadRequest()
-        for violation in error.violations[:_MAX_VIOLATIONS]:
+        for violation in error.violations:
             bad_request.field_violations.add(
-                field=violation.field, description=_cut(violation.description, _MAX_DESCRIPTION_CHARS)
+                field=_cut(violation.field, _MAX_DESCRIPTION_BYTES),
+                description=_cut(violation.description, _MAX_DESCRIPTION_BYTES),
             )
+            if bad_request.ByteSize() + info.ByteSize() > _MAX_DETAILS_BYTES - 2 * _MAX_DESCRIPTION_BYTES:
+                break
         details.append(bad_request)
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
@@ -50,7 +57,7 @@ def to_status(error: errors.RagError) -> status_pb2.Status:
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     return status_pb2.Status(
         code=code_pb2.Code.Value(error.status),
-        message=_cut(error.message, _MAX_MESSAGE_CHARS),
+        message=_cut(error.message, _MAX_MESSAGE_BYTES),
         details=[_packed(detail) for detail in details],
     )
 
@@ -112,5 +119,8 @@ def _unpacked(details: list[any_pb2.Any], kind: type[MessageT]) -> MessageT | No
     return None
 
 
-def _cut(text: str, max_chars: int) -> str:
-    return text if len(text) <= max_chars else f"{text[: max_chars - 1]}…"
+def _cut(text: str, max_bytes: int) -> str:
+    encoded = text.encode("utf-8", errors="replace")
+    if len(encoded) <= max_bytes:
+        return encoded.decode("utf-8")
+    return encoded[: max_bytes - 3].decode("utf-8", errors="ignore") + "…"

@@ -1,0 +1,1 @@
+"""What happens about every RPC, one concern a file."""
