@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# Seconds in which those who watch the health get to read NOT_SERVING before the connection closes.
+_WATCHERS_HEAR_S = 0.1
 
 
 class GrpcServer:
@@ -94,7 +96,7 @@ class GrpcServer:
         self._readiness.shut_down()
         await self._health.enter_graceful_shutdown()
         if self.port:
-            await asyncio.sleep(self._settings.shutdown_delay_s)
+            await asyncio.sleep(max(self._settings.shutdown_delay_s, _WATCHERS_HEAR_S))
         grace_s = self._settings.drain_timeout_s
         logger.info("draining", extra={"rpcs": self._in_flight.count, "drain_timeout_s": grace_s})
         draining = asyncio.create_task(self.registrar.stop(grace_s))

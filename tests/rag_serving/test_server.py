@@ -119,7 +119,7 @@ async def test_stop_lets_running_rpcs_end_and_refuses_new_ones() -> None:
         running = asyncio.ensure_future(pair.call("Hold"))
         await entered.wait()
         stopping = asyncio.create_task(pair.server.stop())
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.5)
         assert not pair.readiness.is_ready
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await pair.call("Echo", timeout=5)
