@@ -1,0 +1,71 @@
+"""The retriever's settings: flags, RAG_RETRIEVER_… in the environment, or a file."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from rag_serving.config import ServiceSettings
+
+ENV_PREFIX = "RAG_RETRIEVER_"
+
+
+class RetrieverSettings(ServiceSettings):
+    """Serves documents and assembled contexts from an index that `rag-index build` made."""
+
+    grpc_port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    http_port: int = Field(
+        8051, ge=0, le=65535, description="HTTP port of /livez, /readyz and /metrics; 0 takes a free one"
+    )
+    index_folder: Path = Field(
+        description="index folder that `rag-index build` wrote, or one generation in it"
+    )
+    generator_checkpoint: str = Field(
+        min_length=1,
+        description="RAG checkpoint, or tokenizer, folder or hub name: whose tokenizer encodes the contexts",
+    )
+    question_tokenizer: str | None = Field(
+        None,
+        description="folder or hub name of the tokenizer that decodes question_input_ids; none takes"
+        " question_encoder_tokenizer of the checkpoint, where there is one",
+    )
+    verify: bool = Field(True, description="check the sha256 of every index file before serving")
+
+    default_n_docs: int | None = Field(
+        None,
+        ge=1,
+        description="documents for a question that names no number; none takes the checkpoint's, or 5",
+    )
+    max_n_docs: int = Field(100, ge=1, description="documents for a question at most")
+    max_batch: int = Field(256, ge=1, description="questions of a request at most")
+    max_contexts: int = Field(4096, ge=1, description="questions times documents of a request at most")
+    max_question_chars: int = Field(32_768, ge=1, description="characters of a question at most")
+    max_get_documents: int = Field(1000, ge=1, description="keys and rows of a GetDocuments request at most")
+
+    max_combined_length: int | None = Field(
+        None, ge=8, description="tokens of a context at most; none takes the checkpoint's, or 300"
+    )
+    title_sep: str | None = Field(
+        None, description="between title and text; none takes the checkpoint's, or ' / '"
+    )
+    doc_sep: str | None = Field(
+        None, description="between text and question; none takes the checkpoint's, or ' // '"
+    )
+    prefix: str | None = Field(
+        None, description="before each context; none takes the checkpoint's, or nothing"
+    )
+
+    batch_window_ms: float = Field(
+        1.0, ge=0, le=1000, description="milliseconds in which concurrent requests gather into one search"
+    )
+    max_search_batch: int = Field(256, ge=1, description="questions of one search at most")
+    max_queued_questions: int = Field(
+        4096, ge=1, description="questions accepted and not yet answered, before RESOURCE_EXHAUSTED"
+    )
+    search_threads: int = Field(0, ge=0, description="threads of one search in faiss; 0 takes every core")
+    assembly_threads: int = Field(4, ge=1, le=256, description="threads that fetch, score and assemble")
+
+    @model_validator(mode="after")
+    def _defaults_fit_limits(self) -> "RetrieverSettings":
+        if self.default_n_docs is not None and self.default_n_docs > self.max_n_docs:
+            raise ValueError(f"default_n_docs {self.default_n_docs} is above max_n_docs {self.max_n_docs}")
+        return self

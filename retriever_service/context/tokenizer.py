@@ -1,0 +1,143 @@
+"""The tokenizers of context assembly, and what a checkpoint says about the way contexts are put together."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+from transformers import AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from rag_serving.tokenizer_digest import tokenizer_digest
+from retriever_service.errors import TokenizerError
+
+_PROBE = "a"
+
+
+class ContextTokenizer:
+    """The generator's tokenizer, as a pure function of the text.
+
+    Uses the Rust backend with truncation and padding off: Hugging Face's own call sets both on the shared
+    backend, which is not safe across threads. The backend releases the GIL.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Takes a fast Hugging Face tokenizer. Raises TokenizerError for one that assembly cannot use."""
+        if not getattr(tokenizer, "is_fast", False):
+            raise TokenizerError(f"{type(tokenizer).__name__} has no fast (tokenizer.json) backend")
+        if tokenizer.pad_token_id is None:
+            raise TokenizerError(f"{type(tokenizer).__name__} has no pad token")
+        if tokenizer.truncation_side != "right":
+            raise TokenizerError("contexts are truncated on the right; this tokenizer truncates on the left")
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
+        self.pad_token_id = int(tokenizer.pad_token_id)
+        self.bos_ids, self.eos_ids = self._frame()
+        special_ids = {
+            "pad": tokenizer.pad_token_id,
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+        }
+        self.digest = tokenizer_digest(self._backend.to_str(), special_ids)
+
+    @property
+    def num_special_tokens(self) -> int:
+        """Tokens that stand around every context."""
+        return len(self.bos_ids) + len(self.eos_ids)
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encodes texts without the special tokens around them, whole, offsets included."""
+        return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Returns the special tokens put before and after a single text."""
+        bare = self._backend.encode(_PROBE, add_special_tokens=False).ids
+        framed = self._backend.encode(_PROBE, add_special_tokens=True).ids
+        for start in range(len(framed) - len(bare) + 1):
+            if framed[start : start + len(bare)] == bare:
+                return framed[:start], framed[start + len(bare) :]
+        raise TokenizerError("the tokenizer's special tokens do not stand around the text")
+
+
+class QuestionTokenizer:
+    """The question encoder's tokenizer: turns question_input_ids back into text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.num_tokens = len(tokenizer)
+
+    def decode(self, question_input_ids: npt.NDArray[np.int64]) -> list[str]:
+        """Decodes int64 [batch, length] as RagRetriever does, without special tokens."""
+        decoded = self._tokenizer.batch_decode(question_input_ids.tolist(), skip_special_tokens=True)
+        return [str(text) for text in decoded]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextDefaults:
+    """What a RAG checkpoint's config.json says; None where it says nothing."""
+
+    title_sep: str | None = None
+    doc_sep: str | None = None
+    prefix: str | None = None
+    max_combined_length: int | None = None
+    n_docs: int | None = None
+
+
+def load_context_tokenizer(checkpoint: str) -> ContextTokenizer:
+    """Loads the generator's tokenizer of a RAG checkpoint, or the tokenizer of a folder or hub name.
+
+    Raises TokenizerError saying what was tried.
+    """
+    return ContextTokenizer(_load(checkpoint, "generator_tokenizer"))
+
+
+def load_question_tokenizer(checkpoint: str, *, required: bool) -> QuestionTokenizer | None:
+    """Loads the question encoder's tokenizer.
+
+    Unless `required`, gives None where the checkpoint is not a RAG folder with one of its own: a generator's
+    tokenizer would decode other ids without a complaint. Raises TokenizerError.
+    """
+    if not required and not (Path(checkpoint) / "question_encoder_tokenizer").is_dir():
+        return None
+    return QuestionTokenizer(_load(checkpoint, "question_encoder_tokenizer"))
+
+
+def load_context_defaults(checkpoint: str) -> ContextDefaults:
+    """Reads the RagConfig of a checkpoint folder or hub name; all None where it is not a RAG checkpoint."""
+    folder = Path(checkpoint)
+    file = folder / "config.json" if folder.is_dir() else _hub_config(checkpoint)
+    if file is None or not file.is_file():
+        return ContextDefaults()
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{file}: {error}") from error
+    if config.get("model_type") != "rag":
+        return ContextDefaults()
+    return ContextDefaults(
+        title_sep=config.get("title_sep"),
+        doc_sep=config.get("doc_sep"),
+        prefix=(config.get("generator") or {}).get("prefix"),
+        max_combined_length=config.get("max_combined_length"),
+        n_docs=config.get("n_docs"),
+    )
+
+
+def _hub_config(name: str) -> Path | None:
+    found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def _load(checkpoint: str, part: str) -> Any:
+    folder = Path(checkpoint)
+    source = folder / part if (folder / part).is_dir() else checkpoint
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError, KeyError) as error:
+        raise TokenizerError(f"no tokenizer in {source}: {error}") from error

@@ -1,0 +1,49 @@
+"""The contract of a vector index."""
+
+from abc import ABC, abstractmethod
+
+from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters
+
+
+class VectorIndex(ABC):
+    """An immutable index of `ntotal` vectors of `dimension` float32 numbers; row r is the store's row r.
+
+    What an implementation promises:
+
+    - `search` never changes the index, may be called from many threads at once, and releases the GIL
+      while it searches; knobs of one call never leak into another.
+    - Rows come best first by the index's own, possibly approximate, score. Who needs exact scores computes
+      them from the stored embeddings.
+    - A missing hit is row -1 and stands after the real ones; a row is never returned twice for a question.
+    - A batch gives the rows that its questions give alone, but for ties within rounding.
+    """
+
+    @property
+    @abstractmethod
+    def ntotal(self) -> int:
+        """Number of vectors."""
+
+    @property
+    @abstractmethod
+    def dimension(self) -> int:
+        """Numbers in a vector."""
+
+    @property
+    @abstractmethod
+    def metric(self) -> Metric:
+        """Similarity of the search."""
+
+    @abstractmethod
+    def check_parameters(self, parameters: SearchParameters) -> None:
+        """Raises InvalidSearchParametersError where a knob does not exist on this kind or is out of range."""
+
+    @abstractmethod
+    def search(
+        self, vectors: Float32Array, n_docs: int, parameters: SearchParameters
+    ) -> tuple[Int64Array, Float32Array]:
+        """Finds the rows nearest to each vector.
+
+        `vectors` is float32 [batch, dimension], finite, batch at least 1; `n_docs` is at least 1 and
+        `parameters` has passed `check_parameters`. Returns rows int64 and scores float32, both
+        [batch, min(n_docs, ntotal)]. Raises ValueError for other shapes.
+        """

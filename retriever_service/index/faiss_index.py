@@ -1,0 +1,199 @@
+"""faiss behind the contract of a vector index: build by factory string, load, search."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from faiss.contrib.factory_tools import reverse_index_factory
+
+from retriever_service.errors import BuildError, DamagedIndexError, InvalidSearchParametersError
+from retriever_service.index.base import VectorIndex
+from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters
+
+# The names that SWIG generates have no types.
+_faiss: Any = faiss
+_reverse_index_factory: Any = reverse_index_factory
+_FAISS_METRICS = {Metric.INNER_PRODUCT: faiss.METRIC_INNER_PRODUCT, Metric.L2: faiss.METRIC_L2}
+
+
+class FaissIndex(VectorIndex):
+    """An immutable faiss index on the CPU."""
+
+    def __init__(self, index: Any) -> None:
+        """Takes a trained faiss index. Raises ValueError for a metric other than inner product and L2."""
+        metrics = {number: metric for metric, number in _FAISS_METRICS.items()}
+        if index.metric_type not in metrics:
+            raise ValueError(f"metric {index.metric_type} is neither inner product nor L2")
+        self._index = index
+        self._metric = metrics[index.metric_type]
+        self._ivf = _find(index, faiss.IndexIVF)
+        self._hnsw = _find(index, faiss.IndexHNSW)
+
+    @classmethod
+    def load(cls, file: Path) -> "FaissIndex":
+        """Reads an index file. Raises DamagedIndexError naming a file that faiss cannot read."""
+        try:
+            return cls(faiss.read_index(str(file)))
+        except (RuntimeError, ValueError) as error:
+            raise DamagedIndexError(file, f"faiss cannot read it: {_reason(error)}") from error
+
+    @property
+    def ntotal(self) -> int:
+        """Number of vectors."""
+        return int(self._index.ntotal)
+
+    @property
+    def dimension(self) -> int:
+        """Numbers in a vector."""
+        return int(self._index.d)
+
+    @property
+    def metric(self) -> Metric:
+        """Similarity of the search."""
+        return self._metric
+
+    def kind(self) -> str:
+        """The faiss factory string that describes this index, or its class where faiss has none."""
+        try:
+            return str(_reverse_index_factory(self._index))
+        except NotImplementedError:
+            return type(faiss.downcast_index(self._index)).__name__
+
+    def check_parameters(self, parameters: SearchParameters) -> None:
+        """Raises InvalidSearchParametersError: see VectorIndex."""
+        for knob, owner in (("nprobe", self._ivf), ("ef_search", self._hnsw)):
+            value = getattr(parameters, knob)
+            if value < 0:
+                raise InvalidSearchParametersError(f"search_parameters.{knob}", "must not be negative", value)
+            if value and owner is None:
+                raise InvalidSearchParametersError(
+                    f"search_parameters.{knob}", f"an index of kind {self.kind()} has no such knob", value
+                )
+        if self._ivf is not None and parameters.nprobe > self._ivf.nlist:
+            raise InvalidSearchParametersError(
+                "search_parameters.nprobe", f"must be at most nlist, {self._ivf.nlist}", parameters.nprobe
+            )
+
+    def search(
+        self, vectors: Float32Array, n_docs: int, parameters: SearchParameters
+    ) -> tuple[Int64Array, Float32Array]:
+        """Finds the rows nearest to each vector: see VectorIndex."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimension or len(vectors) == 0 or n_docs < 1:
+            raise ValueError(
+                f"cannot search {n_docs} of vectors {vectors.shape} in dimension {self.dimension}"
+            )
+        n_docs = min(n_docs, self.ntotal)
+        if n_docs == 0:
+            return np.empty((len(vectors), 0), np.int64), np.empty((len(vectors), 0), np.float32)
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        scores, rows = self._index.search(vectors, n_docs, params=_search_parameters(self._index, parameters))
+        return rows, scores
+
+
+class FaissBuilder:
+    """Builds a faiss index: train once on a sample, then add every vector in row order."""
+
+    def __init__(self, kind: str, dimension: int, metric: Metric) -> None:
+        """Takes a factory string such as "IVF256,PQ16". Raises BuildError where faiss refuses it."""
+        try:
+            self._index = faiss.index_factory(dimension, kind, _FAISS_METRICS[metric])
+        except RuntimeError as error:
+            raise BuildError(
+                f"faiss refuses kind {kind!r} at dimension {dimension}: {_reason(error)}"
+            ) from error
+        self._kind = kind
+        self._index.verbose = False
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether `train` must come before `add`."""
+        return not self._index.is_trained
+
+    @property
+    def num_training_vectors(self) -> int:
+        """Vectors that training profits from: 256 for each centroid it must learn, at least 65,536."""
+        ivf = _find(self._index, faiss.IndexIVF)
+        return max(65_536, 256 * int(ivf.nlist) if ivf is not None else 0)
+
+    def train(self, vectors: Float32Array) -> None:
+        """Learns centroids and codebooks from float32 [n, dimension]. Raises BuildError on too few."""
+        try:
+            self._index.train(vectors)
+        except RuntimeError as error:
+            raise BuildError(
+                f"kind {self._kind!r} cannot be trained on {len(vectors)} vectors: {_reason(error)}"
+            ) from error
+
+    def add(self, vectors: Float32Array) -> None:
+        """Appends float32 [n, dimension] at the next rows."""
+        self._index.add(vectors)
+
+    def save(self, file: Path, *, nprobe: int, ef_search: int) -> None:
+        """Writes the index file with these as its own settings of the knobs it has."""
+        ivf, hnsw = _find(self._index, faiss.IndexIVF), _find(self._index, faiss.IndexHNSW)
+        if ivf is not None:
+            ivf.nprobe = min(nprobe, ivf.nlist)
+        if hnsw is not None:
+            hnsw.hnsw.efSearch = ef_search
+        faiss.write_index(self._index, str(file))
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Sets how many threads faiss uses for the searches of the calling thread."""
+    faiss.omp_set_num_threads(num_threads)
+
+
+def normalized_kind(kind: str) -> str:
+    """Returns the factory string with the usual small names put in faiss's spelling ("flat", "hnsw32")."""
+    spelled = {"flat": "Flat", "hnsw": "HNSW32"}
+    upper = kind.upper()
+    return spelled.get(kind.lower(), upper if upper.startswith("HNSW") and "," not in kind else kind)
+
+
+def _find(index: Any, kind: type) -> Any:
+    """Returns the part of a composed index that is a `kind`, or None; an IVF's coarse quantizer counts."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, kind):
+        return index
+    if isinstance(index, faiss.IndexIVF):
+        return _find(index.quantizer, kind)
+    if isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
+        return _find(index.index, kind)
+    if isinstance(index, faiss.IndexRefine):
+        return _find(index.base_index, kind)
+    return None
+
+
+def _search_parameters(index: Any, parameters: SearchParameters) -> Any:
+    """Returns faiss's parameter object for this call, or None where the index's own settings hold.
+
+    Objects, never attributes of the shared index: two requests may differ at the same moment.
+    """
+    if parameters == SearchParameters():
+        return None
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _faiss.SearchParametersPreTransform(index_params=_search_parameters(index.index, parameters))
+    if isinstance(index, faiss.IndexRefine):
+        return _faiss.IndexRefineSearchParameters(
+            k_factor=index.k_factor, base_index_params=_search_parameters(index.base_index, parameters)
+        )
+    if isinstance(index, faiss.IndexIDMap):
+        return _search_parameters(index.index, parameters)
+    if isinstance(index, faiss.IndexIVF):
+        return _faiss.SearchParametersIVF(
+            nprobe=parameters.nprobe or index.nprobe,
+            max_codes=index.max_codes,
+            quantizer_params=_search_parameters(index.quantizer, parameters),
+        )
+    if isinstance(index, faiss.IndexHNSW):
+        return _faiss.SearchParametersHNSW(efSearch=parameters.ef_search or index.hnsw.efSearch)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """Returns what faiss says is wrong, without the C++ function and file it says it in."""
+    said = str(error).strip().partition("\n")[0]
+    return re.sub(r"^Error in .*? at \S+:\d+: ", "", said) or type(error).__name__

@@ -1,0 +1,181 @@
+"""The index folder: generations with their manifests and checksums, written and switched atomically.
+
+    folder/
+      CURRENT                    the generation that serves, and its manifest's digest
+      .lock                      held by the one build that may write here
+      generation-000001/
+        manifest.json            what the generation is, and the sha256 of each of its files
+        index.faiss              the vector index
+        documents.sqlite         documents and exact embeddings
+
+A generation never changes once its folder has its name. A build writes into a hidden folder beside, makes it
+durable (fsync), renames it, and only then replaces CURRENT: whenever it is killed, the old generation serves.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from retriever_service.errors import BuildError, DamagedIndexError, MissingIndexError
+from retriever_service.index.manifest import MANIFEST_FILE, FileEntry, Manifest, sha256_of_file
+
+INDEX_FILE = "index.faiss"
+DOCUMENTS_FILE = "documents.sqlite"
+CURRENT_FILE = "CURRENT"
+_LOCK_FILE = ".lock"
+_BUILDING_PREFIX = ".building-"
+_GENERATION = re.compile(r"generation-(\d{6,})")
+_CURRENT = re.compile(rf"({_GENERATION.pattern}) (sha256:[0-9a-f]{{64}})\n")
+
+
+class Snapshot:
+    """One generation on disk, immutable."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: Path) -> "Snapshot":
+        """Opens the current generation of an index folder, or a generation's own folder.
+
+        Checks the manifest and that each file is there with its size; contents are left to `verify`.
+        Raises MissingIndexError where there is no index and DamagedIndexError naming a bad file.
+        """
+        if (folder / CURRENT_FILE).is_file():
+            generation, digest = _read_current(folder)
+        elif (folder / MANIFEST_FILE).is_file():
+            generation, digest = folder, None
+        else:
+            raise MissingIndexError(
+                f"no index in {folder}: build one with `rag-index build --output {folder} …`"
+            )
+        manifest = Manifest.read(generation / MANIFEST_FILE)
+        if digest is not None and manifest.digest() != digest:
+            current = folder / CURRENT_FILE
+            raise DamagedIndexError(
+                current, f"names {digest} where {generation / MANIFEST_FILE} is {manifest.digest()}"
+            )
+        snapshot = cls(generation, manifest)
+        snapshot._check_sizes()
+        return snapshot
+
+    @property
+    def index_file(self) -> Path:
+        """The vector index."""
+        return self.folder / INDEX_FILE
+
+    @property
+    def documents_file(self) -> Path:
+        """Documents and exact embeddings."""
+        return self.folder / DOCUMENTS_FILE
+
+    def verify(self) -> None:
+        """Reads every file through. Raises DamagedIndexError naming the first whose sha256 differs."""
+        for name, entry in self.manifest.files.items():
+            actual = sha256_of_file(self.folder / name)
+            if actual != entry.sha256:
+                raise DamagedIndexError(
+                    self.folder / name, f"sha256 is {actual}, the manifest says {entry.sha256}"
+                )
+
+    def _check_sizes(self) -> None:
+        for name, entry in self.manifest.files.items():
+            file = self.folder / name
+            if not file.is_file():
+                raise DamagedIndexError(file, "missing")
+            if file.stat().st_size != entry.size_bytes:
+                raise DamagedIndexError(
+                    file, f"has {file.stat().st_size} bytes, the manifest says {entry.size_bytes}"
+                )
+
+
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """Gives a build a hidden folder to write in, and takes it away afterwards if it was not published.
+
+    Holds the folder's lock; clears what killed builds left. Raises BuildError while another build runs.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / _LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BuildError(f"another build is writing to {folder}") from error
+        for leftover in folder.glob(f"{_BUILDING_PREFIX}*"):
+            shutil.rmtree(leftover)
+        work = Path(tempfile.mkdtemp(prefix=_BUILDING_PREFIX, dir=folder))
+        work.chmod(0o755)
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def next_generation(folder: Path) -> int:
+    """Returns one more than the newest generation in the folder, damaged or not; 1 in an empty one."""
+    return max((number for number, _ in _generations(folder)), default=0) + 1
+
+
+def publish(work: Path, folder: Path, manifest: Manifest, *, keep: int) -> Snapshot:
+    """Makes the files in `work` the folder's current generation, durably, then drops all but `keep` newest.
+
+    A server still on a dropped generation keeps the files it has open; keep 2 so that it can open more.
+    """
+    manifest.write(work / MANIFEST_FILE)
+    for file in work.iterdir():
+        _fsync(file)
+    _fsync(work)
+    generation = folder / f"generation-{manifest.generation:06d}"
+    work.rename(generation)
+    _fsync(folder)
+    waiting = folder / f"{CURRENT_FILE}.new"
+    waiting.write_text(f"{generation.name} {manifest.digest()}\n", encoding="ascii")
+    _fsync(waiting)
+    waiting.replace(folder / CURRENT_FILE)
+    _fsync(folder)
+    for _, old in _generations(folder)[keep:]:
+        shutil.rmtree(old)
+    return Snapshot(generation, manifest)
+
+
+def file_entries(work: Path) -> dict[str, FileEntry]:
+    """Returns size and sha256 of each file of a generation, by name."""
+    return {
+        name: FileEntry(size_bytes=(work / name).stat().st_size, sha256=sha256_of_file(work / name))
+        for name in (DOCUMENTS_FILE, INDEX_FILE)
+    }
+
+
+def _read_current(folder: Path) -> tuple[Path, str]:
+    file = folder / CURRENT_FILE
+    match = _CURRENT.fullmatch(file.read_bytes().decode("ascii", errors="replace"))
+    if match is None:
+        raise DamagedIndexError(file, "does not name a generation and its digest")
+    generation = folder / match[1]
+    if not (generation / MANIFEST_FILE).is_file():
+        raise DamagedIndexError(file, f"names {match[1]}, which is not there")
+    return generation, match[3]
+
+
+def _generations(folder: Path) -> list[tuple[int, Path]]:
+    """Returns the folder's generations, newest first."""
+    found = [
+        (int(match[1]), path)
+        for path in folder.iterdir()
+        if path.is_dir() and (match := _GENERATION.fullmatch(path.name)) is not None
+    ]
+    return sorted(found, reverse=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Offline: read a corpus, embed it, build and verify an index; the `rag-index` command."""

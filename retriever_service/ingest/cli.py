@@ -1,0 +1,190 @@
+"""`rag-index`: build, verify and describe the index folders that `rag-retriever` serves."""
+
+import json
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from rag_serving.errors import RagError
+from retriever_service.errors import BuildError
+from retriever_service.index.manifest import Manifest
+from retriever_service.index.snapshot import Snapshot
+from retriever_service.ingest.build import BuildOptions, Encoder, build_index
+from retriever_service.ingest.reader import CorpusFormat, CorpusReader
+from retriever_service.ingest.records import MAX_TEXT_BYTES
+from retriever_service.ingest.verify import verify_index
+from retriever_service.types import Metric
+
+app = typer.Typer(
+    help="Builds, verifies and describes the indexes that rag-retriever serves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console(stderr=True)
+_STAGES = {
+    "documents": "reading and embedding",
+    "train": "training",
+    "index": "indexing",
+    "publish": "writing",
+}
+
+Folder = Annotated[Path, typer.Argument(help="index folder, or one generation in it")]
+
+
+def main() -> None:
+    """The command; exits with 1 and one line on stderr where it cannot do what was asked."""
+    try:
+        app()
+    except (RagError, OSError, sqlite3.Error) as error:
+        sys.stderr.write(f"rag-index: error: {error}\n")
+        sys.exit(1)
+
+
+@app.command()
+def build(
+    corpus: Annotated[Path, typer.Option("--input", help="JSONL, TSV or datasets folder")],
+    output: Annotated[
+        Path, typer.Option(help="index folder; an index there stays until the new one is whole")
+    ],
+    corpus_format: Annotated[
+        CorpusFormat | None, typer.Option("--format", help="default: by the name of --input")
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help='faiss factory string: "Flat", "HNSW32", "IVF256,Flat", "IVF256,PQ16" …')
+    ] = "Flat",
+    metric: Annotated[Metric, typer.Option(help="similarity of the search")] = Metric.INNER_PRODUCT,
+    nprobe: Annotated[int, typer.Option(min=1, help="cells that an IVF index visits by default")] = 16,
+    ef_search: Annotated[int, typer.Option(min=1, help="candidates of an HNSW index by default")] = 64,
+    faiss_file: Annotated[
+        Path | None, typer.Option(help="take this faiss file over (--kind and --metric come from it)")
+    ] = None,
+    embedding_model: Annotated[
+        str | None, typer.Option(help="passage encoder, folder or hub name; none: the corpus has embeddings")
+    ] = None,
+    embedding_model_name: Annotated[
+        str | None, typer.Option(help="name that generators ask for; default: the folder's, with its digest")
+    ] = None,
+    pooling: Annotated[str, typer.Option(help="mean, cls or pooler; DPR always takes its pooler")] = "mean",
+    normalize: Annotated[bool, typer.Option(help="scale embeddings to length 1")] = False,
+    passage_template: Annotated[
+        str, typer.Option(help="what is embedded of a passage; not for DPR")
+    ] = "{title} {text}",
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="tokens of a passage that are embedded")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="passages embedded at once")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="threads of the encoder; default: torch's")
+    ] = None,
+    max_text_bytes: Annotated[int, typer.Option(min=1, help="bytes of a title or text")] = MAX_TEXT_BYTES,
+    keep_generations: Annotated[int, typer.Option(min=1, help="generations left in the folder")] = 2,
+) -> None:
+    """Builds an index, or its next generation; the old one serves until the new one is whole."""
+    reader = CorpusReader(corpus, corpus_format, max_text_bytes)
+    encoder: Encoder | None = None
+    if embedding_model is not None:
+        # Imported here: verify, info and corpora with embeddings need no torch.
+        from retriever_service.ingest.embed import PassageEncoder, Pooling  # noqa: PLC0415
+
+        if pooling not in {choice.value for choice in Pooling}:
+            raise BuildError(f"--pooling must be mean, cls or pooler, got {pooling!r}")
+        encoder = PassageEncoder(
+            embedding_model,
+            name=embedding_model_name,
+            pooling=Pooling(pooling),
+            normalize=normalize,
+            max_length=max_length,
+            template=passage_template,
+            batch_size=batch_size,
+            device=device,
+            num_threads=threads,
+        )
+    elif embedding_model_name is None:
+        raise BuildError("give --embedding-model, or --embedding-model-name where the corpus has embeddings")
+    options = BuildOptions(kind, metric, nprobe, ef_search, keep_generations, faiss_file)
+    with _progress() as bars:
+        snapshot = build_index(
+            reader,
+            output,
+            encoder=encoder,
+            embedding_name=embedding_model_name,
+            options=options,
+            progress=_Stages(bars),
+        )
+    _console.print(_table(snapshot.folder, snapshot.manifest))
+
+
+@app.command()
+def verify(folder: Folder) -> None:
+    """Reads every file of an index, checks it, and names the first one that is damaged."""
+    snapshot = verify_index(folder, lambda what: _console.print(f"checking {what}", style="dim"))
+    _console.print(f"{snapshot.folder}: whole, {snapshot.manifest.ntotal} documents")
+
+
+@app.command()
+def info(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="print the manifest as JSON")] = False,
+) -> None:
+    """Describes an index from its manifest."""
+    snapshot = Snapshot.open(folder)
+    if as_json:
+        sys.stdout.write(json.dumps(snapshot.manifest.model_dump(mode="json"), indent=2) + "\n")
+    else:
+        Console().print(_table(snapshot.folder, snapshot.manifest))
+
+
+class _Stages:
+    """Shows each stage of a build as a progress bar of its own."""
+
+    def __init__(self, bars: RichProgress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if stage not in self._tasks:
+            for task in self._tasks.values():
+                self._bars.update(task, total=self._bars.tasks[task].completed or 1)
+                self._bars.stop_task(task)
+            self._tasks[stage] = self._bars.add_task(_STAGES[stage], total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+
+def _progress() -> RichProgress:
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=_console,
+    )
+
+
+def _table(folder: Path, manifest: Manifest) -> Table:
+    table = Table(title=str(folder), show_header=False, title_justify="left")
+    for name, value in (
+        ("documents", f"{manifest.ntotal:,}"),
+        ("dimension", str(manifest.dimension)),
+        ("kind", manifest.kind),
+        ("metric", manifest.metric.value),
+        ("embedding model", manifest.embedding.name),
+        ("embedding digest", manifest.embedding.digest or "-"),
+        ("generation", str(manifest.generation)),
+        ("created", f"{manifest.created_at} by {manifest.created_by}"),
+        *((name, f"{entry.size_bytes:,} bytes") for name, entry in manifest.files.items()),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+if __name__ == "__main__":
+    main()

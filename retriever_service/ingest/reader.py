@@ -1,0 +1,152 @@
+"""Reads a corpus as a stream of records: JSONL, TSV (psgs_w100) or a Hugging Face datasets folder."""
+
+import csv
+import enum
+import gzip
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from retriever_service.errors import BuildError
+from retriever_service.ingest.records import MAX_TEXT_BYTES, Record, checked_record
+
+_JSON_FIELDS = frozenset({"key", "title", "text", "metadata", "embedding"})
+_DATASET_ROWS = 1000
+
+
+class CorpusFormat(enum.StrEnum):
+    """How a corpus is written."""
+
+    JSONL = "jsonl"
+    TSV = "tsv"
+    DATASETS = "datasets"
+
+
+class CorpusReader:
+    """A corpus that can be read again and again, each time from its beginning, holding little in memory.
+
+    JSONL: one object a line, {"key"?, "title"?, "text", "metadata"?, "embedding"?}; other names are refused.
+    TSV: id<TAB>text<TAB>title with a header and csv quoting, as psgs_w100.tsv. Datasets: what `save_to_disk`
+    wrote, with columns title, text, embeddings (RagRetriever's "custom" layout; embeddings may be missing)
+    and perhaps id. JSONL and TSV may be gzip files.
+    """
+
+    def __init__(
+        self, path: Path, corpus_format: CorpusFormat | None = None, max_text_bytes: int = MAX_TEXT_BYTES
+    ) -> None:
+        """Raises BuildError where there is no such corpus or its format cannot be told from its name."""
+        if not path.exists():
+            raise BuildError(f"no corpus at {path}")
+        self.path = path
+        self.format = corpus_format or _format_of(path)
+        self._max_text_bytes = max_text_bytes
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yields the records in order. Raises BuildError naming the line or row of a bad one."""
+        read = {
+            CorpusFormat.JSONL: self._read_jsonl,
+            CorpusFormat.TSV: self._read_tsv,
+            CorpusFormat.DATASETS: self._read_datasets,
+        }[self.format]
+        for fields, where in read():
+            yield checked_record(fields, where, self._max_text_bytes)
+
+    def count(self) -> int | None:
+        """Returns the number of records where that is cheap to know, for a progress bar."""
+        if self.format is not CorpusFormat.DATASETS:
+            return None
+        return len(self._dataset())
+
+    def nth(self, position: int) -> Record:
+        """Returns record `position`, counted from 0, by reading up to it."""
+        return next(itertools.islice(iter(self), position, None))
+
+    def _read_jsonl(self) -> Iterator[tuple[dict[str, Any], str]]:
+        with self._open() as stream:
+            for number, line in enumerate(self._lines(stream), start=1):
+                where = f"{self.path}, line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    fields = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise BuildError(f"{where}: not JSON: {error}") from error
+                if not isinstance(fields, dict):
+                    raise BuildError(f"{where}: must be a JSON object, got {type(fields).__name__}")
+                unknown = sorted(set(fields) - _JSON_FIELDS)
+                if unknown:
+                    raise BuildError(f"{where}: unknown field {unknown[0]!r}; known: {sorted(_JSON_FIELDS)}")
+                yield fields, where
+
+    def _read_tsv(self) -> Iterator[tuple[dict[str, Any], str]]:
+        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        with self._open() as stream:
+            rows = csv.reader(self._lines(stream), delimiter="\t", strict=True)
+            while True:
+                where = f"{self.path}, line {rows.line_num + 1}"
+                try:
+                    columns = next(rows, None)
+                except csv.Error as error:
+                    raise BuildError(f"{where}: {error}") from error
+                if columns is None:
+                    return
+                if where.endswith("line 1"):
+                    if columns != ["id", "text", "title"]:
+                        raise BuildError(f"{where}: the header must be id, text, title, got {columns}")
+                elif len(columns) == 3:
+                    yield dict(zip(("key", "text", "title"), columns, strict=True)), where
+                elif columns:
+                    raise BuildError(f"{where}: must have 3 columns, got {len(columns)}")
+
+    def _read_datasets(self) -> Iterator[tuple[dict[str, Any], str]]:
+        dataset = self._dataset()
+        names = set(dataset.column_names)
+        if not {"title", "text"} <= names:
+            raise BuildError(f"{self.path}: must have columns title and text, got {sorted(names)}")
+        if "embeddings" in names:
+            dataset = dataset.with_format(
+                "numpy", columns=["embeddings"], output_all_columns=True, dtype="float32"
+            )
+        columns = {"title": "title", "text": "text", "embedding": "embeddings", "key": "id"}
+        row = 0
+        for rows in dataset.iter(batch_size=_DATASET_ROWS):
+            for position in range(len(rows["text"])):
+                fields = {ours: rows[theirs][position] for ours, theirs in columns.items() if theirs in names}
+                yield fields, f"{self.path}, row {row}"
+                row += 1
+
+    def _dataset(self) -> Any:
+        # Imported here: reading the other formats must not cost the second that datasets takes to import.
+        from datasets import Dataset, load_from_disk  # noqa: PLC0415
+
+        try:
+            dataset = load_from_disk(str(self.path))
+        except (OSError, ValueError) as error:
+            raise BuildError(f"{self.path} is not a datasets folder: {error}") from error
+        if not isinstance(dataset, Dataset):
+            raise BuildError(f"{self.path} holds several splits; give the folder of one: {sorted(dataset)}")
+        return dataset
+
+    def _open(self) -> IO[str]:
+        if self.path.suffix == ".gz":
+            return gzip.open(self.path, "rt", encoding="utf-8", newline="")
+        return self.path.open("rt", encoding="utf-8", newline="")
+
+    def _lines(self, stream: IO[str]) -> Iterator[str]:
+        try:
+            yield from stream
+        except (UnicodeDecodeError, OSError, EOFError) as error:
+            raise BuildError(f"{self.path}: cannot be read: {error}") from error
+
+
+def _format_of(path: Path) -> CorpusFormat:
+    if path.is_dir():
+        return CorpusFormat.DATASETS
+    name = path.name.removesuffix(".gz")
+    for suffix, corpus_format in ((".jsonl", CorpusFormat.JSONL), (".tsv", CorpusFormat.TSV)):
+        if name.endswith(suffix):
+            return corpus_format
+    raise BuildError(f"cannot tell the format of {path}: say --format jsonl, tsv or datasets")

@@ -1,0 +1,80 @@
+"""One passage of a corpus on its way into an index, and the checks that it must pass."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from retriever_service.errors import BuildError
+from retriever_service.types import Float32Array
+
+MAX_TEXT_BYTES = 1 << 20
+_MAX_KEY_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A passage with where it came from, for messages. `key` None takes the row number as its key.
+
+    `metadata` is JSON or None; `embedding` is float32 [dim] where the corpus brings it along.
+    """
+
+    where: str
+    key: str | None
+    title: str
+    text: str
+    metadata: str | None = None
+    embedding: Float32Array | None = None
+
+
+def checked_record(fields: dict[str, Any], where: str, max_text_bytes: int = MAX_TEXT_BYTES) -> Record:
+    """Makes a record of key, title, text, metadata and embedding; all but text may be missing.
+
+    Raises BuildError that begins with `where`.
+    """
+    key = fields.get("key")
+    if key is not None and (not isinstance(key, str | int) or isinstance(key, bool)):
+        raise BuildError(f"{where}: key must be a string, got {type(key).__name__}")
+    metadata = fields.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise BuildError(f"{where}: metadata must be an object, got {type(metadata).__name__}")
+    title = fields.get("title")
+    return Record(
+        where=where,
+        key=None if key is None else _checked_text(str(key), "key", where, _MAX_KEY_BYTES, required=True),
+        title=_checked_text("" if title is None else title, "title", where, max_text_bytes),
+        text=_checked_text(fields.get("text"), "text", where, max_text_bytes, required=True),
+        metadata=None if metadata is None else json.dumps(metadata, ensure_ascii=False, sort_keys=True),
+        embedding=_checked_embedding(fields.get("embedding"), where),
+    )
+
+
+def _checked_text(text: object, field: str, where: str, max_bytes: int, *, required: bool = False) -> str:
+    if not isinstance(text, str):
+        what = "missing" if text is None else f"must be a string, got {type(text).__name__}"
+        raise BuildError(f"{where}: {field} {'is ' if text is None else ''}{what}")
+    if required and not text:
+        raise BuildError(f"{where}: {field} is empty")
+    try:
+        size_bytes = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise BuildError(f"{where}: {field} is not valid Unicode: {error.reason}") from error
+    if size_bytes > max_bytes:
+        raise BuildError(f"{where}: {field} has {size_bytes} bytes, at most {max_bytes} are allowed")
+    return text
+
+
+def _checked_embedding(embedding: Sequence[float] | None, where: str) -> Float32Array | None:
+    if embedding is None:
+        return None
+    try:
+        vector = np.asarray(embedding, dtype=np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BuildError(f"{where}: embedding must be a list of numbers") from error
+    if vector.ndim != 1 or vector.size == 0:
+        raise BuildError(f"{where}: embedding must be a list of numbers, got shape {list(vector.shape)}")
+    if not np.isfinite(vector).all():
+        raise BuildError(f"{where}: embedding is not finite")
+    return vector

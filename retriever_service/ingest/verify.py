@@ -1,0 +1,50 @@
+"""Checks an index folder through and through."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from retriever_service.errors import DamagedIndexError
+from retriever_service.index.faiss_index import FaissIndex
+from retriever_service.index.snapshot import Snapshot
+from retriever_service.store.sqlite import SqliteStore
+from retriever_service.types import SearchParameters
+
+_VECTORS_PER_CHUNK = 16_384
+
+
+def verify_index(folder: Path, step: Callable[[str], None]) -> Snapshot:
+    """Checks manifest, sizes, checksums, that faiss and SQLite read their files, and that the two agree.
+
+    `step` hears what is checked next. Raises MissingIndexError, or DamagedIndexError naming the file.
+    """
+    step("manifest and sizes")
+    snapshot = Snapshot.open(folder)
+    manifest = snapshot.manifest
+    step("checksums")
+    snapshot.verify()
+    step("vector index")
+    index = FaissIndex.load(snapshot.index_file)
+    found = (index.ntotal, index.dimension, index.metric)
+    if found != (manifest.ntotal, manifest.dimension, manifest.metric):
+        raise DamagedIndexError(snapshot.index_file, f"holds {found}, which is not what the manifest says")
+    step("documents")
+    store = SqliteStore(snapshot.documents_file, manifest.dimension)
+    try:
+        store.check()
+        if len(store) != manifest.ntotal:
+            raise DamagedIndexError(
+                snapshot.documents_file, f"{len(store)} documents, the manifest says {manifest.ntotal}"
+            )
+        step("embeddings")
+        for embeddings in store.embedding_chunks(_VECTORS_PER_CHUNK):
+            if not np.isfinite(embeddings).all():
+                raise DamagedIndexError(snapshot.documents_file, "an embedding is not finite")
+        step("search")
+        rows, _ = index.search(store.embeddings_of([0]), 1, SearchParameters())
+        if not 0 <= int(rows[0, 0]) < manifest.ntotal:
+            raise DamagedIndexError(snapshot.index_file, f"a search finds row {int(rows[0, 0])}")
+    finally:
+        store.close()
+    return snapshot

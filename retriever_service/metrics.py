@@ -1,0 +1,39 @@
+"""What the retriever measures, beside the RPC metrics that every service has."""
+
+from rag_serving.metrics import Metrics
+
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_DOCS_BUCKETS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200)
+# Seconds: a search of a small Flat index takes tens of microseconds.
+_STEP_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+
+class RetrieverMetrics:
+    """The retriever's metrics, in the registry of `metrics`."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.search_seconds = metrics.histogram(
+            "search_seconds", "Time of one search of the index, for a whole batch", buckets=_STEP_BUCKETS_S
+        )
+        self.search_batch_questions = metrics.histogram(
+            "search_batch_questions", "Questions gathered into one search", buckets=_BATCH_BUCKETS
+        )
+        self.queue_wait_seconds = metrics.histogram(
+            "queue_wait_seconds", "Time that a request waits for its search to begin", buckets=_STEP_BUCKETS_S
+        )
+        self.assemble_seconds = metrics.histogram(
+            "assemble_seconds",
+            "Time to fetch, score and assemble the documents of one request",
+            buckets=_STEP_BUCKETS_S,
+        )
+        self.docs_found = metrics.histogram(
+            "docs_found", "Documents found for a question", buckets=_DOCS_BUCKETS
+        )
+        self.questions_cut_total = metrics.counter(
+            "questions_cut_total", "Questions that did not fit a context of their own"
+        )
+        self.questions_in_flight = metrics.gauge(
+            "questions_in_flight", "Questions accepted and not yet answered"
+        )
+        self.index_vectors = metrics.gauge("index_vectors", "Vectors in the index that serves")
+        self.index_generation = metrics.gauge("index_generation", "Generation of the index that serves")

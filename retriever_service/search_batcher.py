@@ -1,0 +1,146 @@
+"""Gathers concurrent requests into one search of the index."""
+
+import asyncio
+import time
+from collections import deque
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+
+from retriever_service.index.base import VectorIndex
+from retriever_service.metrics import RetrieverMetrics
+from retriever_service.types import Float32Array, Int64Array, SearchParameters
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    vectors: Float32Array
+    n_docs: int
+    parameters: SearchParameters
+    found: asyncio.Future[Int64Array]
+    since_s: float
+
+    @property
+    def key(self) -> tuple[int, SearchParameters]:
+        """Requests with the same key can share a search."""
+        return self.n_docs, self.parameters
+
+
+class SearchBatcher:
+    """Searches for many requests at once, one search at a time, in a thread.
+
+    While a search runs, requests gather for the next. The window is waited out only where requests come
+    close together: one that comes alone is searched at once. A request that was cancelled while it waited
+    is dropped; where a shared search fails, each of its requests is searched alone, so that only the one at
+    fault fails. All methods belong to the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        index: VectorIndex,
+        executor: Executor,
+        metrics: RetrieverMetrics,
+        *,
+        window_s: float,
+        max_batch: int,
+    ) -> None:
+        """`max_batch` is the number of vectors of a search at most, unless one request alone has more."""
+        self._index = index
+        self._executor = executor
+        self._metrics = metrics
+        self._window_s = window_s
+        self._max_batch = max_batch
+        self._queue: deque[_Waiting] = deque()
+        self._arrived = asyncio.Event()
+        self._gathered_last = 1
+        self._worker: asyncio.Task[None] | None = None
+
+    async def search(self, vectors: Float32Array, n_docs: int, parameters: SearchParameters) -> Int64Array:
+        """Returns rows int64 [batch, at most n_docs] of vectors float32 [batch, dim], -1 for missing hits."""
+        if self._worker is None:
+            self._worker = asyncio.create_task(self._work(), name="search batcher")
+        found: asyncio.Future[Int64Array] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Waiting(vectors, n_docs, parameters, found, time.monotonic()))
+        self._arrived.set()
+        return await found
+
+    async def close(self) -> None:
+        """Stops; requests still waiting are cancelled."""
+        if self._worker is not None:
+            self._worker.cancel()
+            await asyncio.gather(self._worker, return_exceptions=True)
+        while self._queue:
+            self._queue.popleft().found.cancel()
+
+    async def _work(self) -> None:
+        while True:
+            await self._arrived.wait()
+            if self._window_s > 0 and self._comes_in_crowds():
+                await asyncio.sleep(self._window_s)
+            batch = self._take()
+            if batch:
+                self._gathered_last = len(batch)
+                await self._serve(batch)
+            if not self._queue:
+                self._arrived.clear()
+
+    def _comes_in_crowds(self) -> bool:
+        if sum(len(waiting.vectors) for waiting in self._queue) >= self._max_batch:
+            return False
+        return self._gathered_last > 1 or len(self._queue) > 1
+
+    def _take(self) -> list[_Waiting]:
+        """Takes the oldest request and those that can share its search; the others keep their order."""
+        batch: list[_Waiting] = []
+        left: deque[_Waiting] = deque()
+        num_vectors = 0
+        for waiting in self._queue:
+            if waiting.found.done():
+                continue
+            fits = not batch or num_vectors + len(waiting.vectors) <= self._max_batch
+            if fits and (not batch or waiting.key == batch[0].key):
+                batch.append(waiting)
+                num_vectors += len(waiting.vectors)
+            else:
+                left.append(waiting)
+        self._queue = left
+        return batch
+
+    async def _serve(self, batch: list[_Waiting]) -> None:
+        began_s = time.monotonic()
+        for waiting in batch:
+            self._metrics.queue_wait_seconds.observe(began_s - waiting.since_s)
+        try:
+            rows = await self._run(batch)
+        except asyncio.CancelledError:
+            for waiting in batch:
+                waiting.found.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001  (whatever it is belongs to the requests, not to the loop)
+            await self._serve_failed(batch, error)
+            return
+        start = 0
+        for waiting in batch:
+            if not waiting.found.done():
+                waiting.found.set_result(rows[start : start + len(waiting.vectors)])
+            start += len(waiting.vectors)
+
+    async def _serve_failed(self, batch: list[_Waiting], error: Exception) -> None:
+        if len(batch) == 1:
+            if not batch[0].found.done():
+                batch[0].found.set_exception(error)
+            return
+        for waiting in batch:
+            await self._serve([waiting])
+
+    async def _run(self, batch: list[_Waiting]) -> Int64Array:
+        vectors = batch[0].vectors if len(batch) == 1 else np.concatenate([one.vectors for one in batch])
+        self._metrics.search_batch_questions.observe(len(vectors))
+        n_docs, parameters = batch[0].key
+
+        def search() -> Int64Array:
+            with self._metrics.search_seconds.time():
+                return self._index.search(vectors, n_docs, parameters)[0]
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, search)

@@ -1,0 +1,1 @@
+"""Document stores: the passages and their exact embeddings, by row or key."""

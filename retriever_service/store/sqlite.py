@@ -1,0 +1,187 @@
+"""Documents and exact float32 embeddings in one SQLite file."""
+
+import contextlib
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rag_serving.errors import DataLossError
+from retriever_service.errors import DamagedIndexError
+from retriever_service.store.base import DocumentStore
+from retriever_service.types import Document, Float32Array
+
+_VALUES_PER_QUERY = 1000
+_EMBEDDING_DTYPE = np.dtype("<f4")
+
+
+class SqliteStore(DocumentStore):
+    """Reads a finished store: one read-only connection for each thread, opened as threads come."""
+
+    def __init__(self, file: Path, dimension: int) -> None:
+        """Opens the store. Raises DamagedIndexError naming a file that is not one."""
+        self._file = file
+        self._dimension = dimension
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+        with self._reading() as connection:
+            self._num_documents = int(connection.execute("SELECT count(*) FROM documents").fetchone()[0])
+            num_embeddings = int(connection.execute("SELECT count(*) FROM embeddings").fetchone()[0])
+        if num_embeddings != self._num_documents:
+            raise DamagedIndexError(file, f"{num_embeddings} embeddings for {self._num_documents} documents")
+
+    def __len__(self) -> int:
+        return self._num_documents
+
+    def documents_by_row(self, rows: Sequence[int]) -> Mapping[int, Document]:
+        """Returns the documents of those rows that exist: see DocumentStore."""
+        query = "SELECT row, key, title, text FROM documents WHERE row IN"
+        return {found[0]: Document(*found) for found in self._select(query, rows)}
+
+    def documents_by_key(self, keys: Sequence[str]) -> Mapping[str, Document]:
+        """Returns the documents of those keys that exist: see DocumentStore."""
+        query = "SELECT row, key, title, text FROM documents WHERE key IN"
+        return {found[1]: Document(*found) for found in self._select(query, keys)}
+
+    def embeddings_of(self, rows: Sequence[int]) -> Float32Array:
+        """Returns float32 [len(rows), dimension], in the order asked: see DocumentStore."""
+        found = dict(self._select("SELECT row, embedding FROM embeddings WHERE row IN", rows))
+        embeddings = np.empty((len(rows), self._dimension), dtype=np.float32)
+        for position, row in enumerate(rows):
+            blob = found.get(row)
+            if blob is None or len(blob) != self._dimension * _EMBEDDING_DTYPE.itemsize:
+                raise DataLossError(
+                    f"{self._file}: row {row} has no embedding of dimension {self._dimension}"
+                )
+            embeddings[position] = np.frombuffer(blob, dtype=_EMBEDDING_DTYPE)
+        return embeddings
+
+    def embedding_chunks(self, rows_per_chunk: int) -> Iterator[Float32Array]:
+        """Yields all embeddings in row order, float32 [at most rows_per_chunk, dimension] at a time."""
+        for start in range(0, len(self), rows_per_chunk):
+            yield self.embeddings_of(range(start, min(start + rows_per_chunk, len(self))))
+
+    def check(self) -> None:
+        """Lets SQLite check the whole file. Raises DamagedIndexError naming it."""
+        with self._reading() as connection:
+            answer = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
+        if answer != "ok":
+            raise DamagedIndexError(self._file, answer)
+
+    def close(self) -> None:
+        """Closes the connections of all threads."""
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
+
+    def _select(self, query: str, values: Sequence[int] | Sequence[str]) -> Iterator[Any]:
+        distinct = list(dict.fromkeys(values))
+        with self._reading() as connection:
+            for start in range(0, len(distinct), _VALUES_PER_QUERY):
+                chunk = distinct[start : start + _VALUES_PER_QUERY]
+                yield from connection.execute(f"{query} ({','.join('?' * len(chunk))})", chunk)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        try:
+            connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+            if connection is None:
+                uri = f"{self._file.absolute().as_uri()}?mode=ro&immutable=1"
+                connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
+                self._local.connection = connection
+                with self._lock:
+                    self._connections.append(connection)
+            yield connection
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            raise DamagedIndexError(self._file, f"SQLite cannot read it: {error}") from error
+
+
+class SqliteWriter:
+    """Writes a new store from row 0 on; only `finish` makes it one that SqliteStore opens."""
+
+    def __init__(self, file: Path) -> None:
+        self._connection = sqlite3.connect(file, isolation_level=None)
+        self._connection.executescript(_SCHEMA)
+        self._num_documents = 0
+
+    def __len__(self) -> int:
+        return self._num_documents
+
+    def append(
+        self,
+        documents: Sequence[tuple[str, str, str, str | None]],
+        embeddings: Float32Array,
+    ) -> None:
+        """Appends (key, title, text, metadata as JSON or None) with embeddings float32 [len, dim], at once.
+
+        Raises DuplicateKeyError, and writes nothing, where a key is already there.
+        """
+        first = self._num_documents
+        rows = range(first, first + len(documents))
+        blobs = embeddings.astype(_EMBEDDING_DTYPE, copy=False)
+        self._connection.execute("BEGIN")
+        try:
+            for row, (key, title, text, metadata) in zip(rows, documents, strict=True):
+                self._insert(row, key, title, text, metadata)
+            self._connection.executemany(
+                "INSERT INTO embeddings VALUES (?, ?)",
+                ((row, blob.tobytes()) for row, blob in zip(rows, blobs, strict=True)),
+            )
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+        self._num_documents += len(documents)
+
+    def finish(self) -> None:
+        """Folds the write-ahead log into the one file and closes it."""
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._connection.execute("PRAGMA journal_mode=DELETE")
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; an unfinished store stays unfinished."""
+        self._connection.close()
+
+    def _insert(self, row: int, key: str, title: str, text: str, metadata: str | None) -> None:
+        try:
+            self._connection.execute(
+                "INSERT INTO documents VALUES (?, ?, ?, ?, ?)", (row, key, title, text, metadata)
+            )
+        except sqlite3.IntegrityError as error:
+            found = self._connection.execute("SELECT row FROM documents WHERE key = ?", (key,)).fetchone()
+            if found is None:
+                raise
+            raise DuplicateKeyError(key, first_row=int(found[0]), second_row=row) from error
+
+
+class DuplicateKeyError(Exception):
+    """A key given to two documents; rows count from 0 in the order of writing."""
+
+    def __init__(self, key: str, first_row: int, second_row: int) -> None:
+        super().__init__(f"key {key!r} of row {second_row} is already row {first_row}'s")
+        self.key = key
+        self.first_row = first_row
+        self.second_row = second_row
+
+
+_SCHEMA = """
+PRAGMA journal_mode=WAL;
+PRAGMA synchronous=NORMAL;
+CREATE TABLE documents (
+    row INTEGER PRIMARY KEY,
+    key TEXT NOT NULL UNIQUE,
+    title TEXT NOT NULL,
+    text TEXT NOT NULL,
+    metadata TEXT
+) STRICT;
+CREATE TABLE embeddings (
+    row INTEGER PRIMARY KEY,
+    embedding BLOB NOT NULL
+) STRICT;
+"""

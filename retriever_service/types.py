@@ -1,0 +1,94 @@
+"""The nouns of the retriever, free of protobuf, grpc and faiss."""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+Float32Array = npt.NDArray[np.float32]
+Int64Array = npt.NDArray[np.int64]
+
+
+class Metric(enum.StrEnum):
+    """Similarity that an index searches by; doc_scores are inner products whichever it is."""
+
+    INNER_PRODUCT = "inner_product"
+    L2 = "l2"
+
+
+class Truncation(enum.StrEnum):
+    """What is cut where a context is longer than max_combined_length."""
+
+    KEEP_QUESTION = "keep_question"
+    QUESTION_LAST = "question_last"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A passage. `row` is its number in the index, what Hugging Face calls a retrieved_doc_id."""
+
+    row: int
+    key: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SearchParameters:
+    """Search knobs of one request; 0 keeps the index's own setting."""
+
+    nprobe: int = 0
+    ef_search: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A batch of questions, already checked.
+
+    `question_hidden_states` is float32 [batch, dim] and finite. The questions come as `question_texts`
+    (they stand verbatim) or as `question_input_ids` (decoded by the question tokenizer); neither is
+    needed with `skip_contexts`. `prefix` None takes the generator's own.
+    """
+
+    question_hidden_states: Float32Array
+    n_docs: int
+    max_combined_length: int
+    question_texts: Sequence[str] | None = None
+    question_input_ids: Int64Array | None = None
+    prefix: str | None = None
+    search_parameters: SearchParameters = field(default_factory=SearchParameters)
+    truncation: Truncation = Truncation.KEEP_QUESTION
+    skip_contexts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """The generator's input, padded on the right to the longest context.
+
+    `input_ids` and `attention_mask` are int64 [contexts, length]; `question_cut` is bool [contexts], true
+    where part of the question did not fit.
+    """
+
+    input_ids: Int64Array
+    attention_mask: Int64Array
+    question_cut: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieved:
+    """The documents of a batch, best first; columns past `n_docs_found[i]` pad question i.
+
+    `doc_scores` float32 [batch, n_docs], -inf in padding; `rows` int64 [batch, n_docs], -1 in padding;
+    `doc_embeds` float32 [batch, n_docs, dim], 0 in padding; `documents` [batch][n_docs], None in padding;
+    `contexts` has batch * n_docs rows, empty ones in padding, and is None where they were skipped.
+    """
+
+    doc_scores: Float32Array
+    rows: Int64Array
+    doc_embeds: Float32Array
+    documents: Sequence[Sequence[Document | None]]
+    n_docs_found: Sequence[int]
+    contexts: Contexts | None
+    generation: int
