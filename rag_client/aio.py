@@ -1,0 +1,183 @@
+"""The client for asyncio: one method a call of the contract, plain data in and out."""
+
+from collections.abc import Awaitable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from rag.generator.v1 import generator_service_pb2, generator_service_pb2_grpc
+from rag.retriever.v1 import retriever_service_pb2, retriever_service_pb2_grpc
+from rag_client import messages
+from rag_client.errors import from_rpc_error
+from rag_client.messages import Input, Questions, Targets
+from rag_client.options import GenerateOptions, RetrieveOptions, ScoreOptions
+from rag_client.types import (
+    Contexts,
+    DocumentLookup,
+    FloatArray,
+    Generation,
+    Health,
+    IndexInfo,
+    ModelInfo,
+    Retrieval,
+    Scores,
+)
+from rag_serving.channel import RetryPolicy, open_channel
+
+GENERATOR_SERVICE = "rag.generator.v1.GeneratorService"
+RETRIEVER_SERVICE = "rag.retriever.v1.RetrieverService"
+ResponseT = TypeVar("ResponseT")
+
+
+class AsyncRagClient:
+    """Talks to a generator and, where its address is given, to a retriever; make it inside an event loop.
+
+    No call changes anything at the services, so all of them are sent again where a replica was UNAVAILABLE.
+    Every method takes `timeout_s`, which wins over the client's; every failed call raises RagClientError.
+    """
+
+    def __init__(
+        self, generator_address: str, retriever_address: str | None = None, *, timeout_s: float = 60.0
+    ) -> None:
+        self.generator_address = generator_address
+        self.retriever_address = retriever_address
+        self._timeout_s = timeout_s
+        self._generator_channel = open_channel(generator_address, retry=RetryPolicy([GENERATOR_SERVICE]))
+        self._generator: Any = generator_service_pb2_grpc.GeneratorServiceStub(self._generator_channel)
+        self._retriever_channel: grpc.aio.Channel | None = None
+        self._retriever: Any = None
+        if retriever_address is not None:
+            self._retriever_channel = open_channel(retriever_address, retry=RetryPolicy([RETRIEVER_SERVICE]))
+            self._retriever = retriever_service_pb2_grpc.RetrieverServiceStub(self._retriever_channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the channels; calls that still run are cancelled."""
+        await self._generator_channel.close()
+        if self._retriever_channel is not None:
+            await self._retriever_channel.close()
+
+    async def generate(
+        self, questions: Input, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """Answers questions: one text, several, their tokens, or contexts that the caller retrieved."""
+        request = messages.generate_request(questions, options)
+        call = self._generator.Generate(request, timeout=self._time(timeout_s))
+        return messages.generation(await self._answer(call, self.generator_address))
+
+    async def generate_from_contexts(
+        self,
+        context_input_ids: npt.NDArray[np.integer[Any]],
+        context_attention_mask: npt.NDArray[np.integer[Any]],
+        doc_scores: npt.NDArray[np.floating[Any]],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """Answers with contexts [batch * n_docs, length] and doc_scores [batch, n_docs]."""
+        contexts = Contexts(context_input_ids, context_attention_mask, doc_scores)
+        return await self.generate(contexts, timeout_s=timeout_s, **options)
+
+    async def encode_questions(self, questions: Questions, *, timeout_s: float | None = None) -> FloatArray:
+        """Returns question_hidden_states: float32 [batch, dim]."""
+        request = messages.encode_questions_request(questions)
+        call = self._generator.EncodeQuestions(request, timeout=self._time(timeout_s))
+        response = await self._answer(call, self.generator_address)
+        return messages.array(response.question_hidden_states, "question_hidden_states")
+
+    async def score(
+        self,
+        questions: Input,
+        targets: Targets,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """Gives log p(target | question) of one target a question: texts, or labels [batch, length]."""
+        request = messages.score_request(questions, targets, options)
+        call = self._generator.Score(request, timeout=self._time(timeout_s))
+        return messages.scores(await self._answer(call, self.generator_address))
+
+    async def get_model(self, *, timeout_s: float | None = None) -> ModelInfo:
+        """Describes the model that answers."""
+        request = generator_service_pb2.GetModelRequest()
+        call = self._generator.GetModel(request, timeout=self._time(timeout_s))
+        return messages.model_info(await self._answer(call, self.generator_address))
+
+    async def retrieve(
+        self,
+        questions: Questions | None,
+        question_hidden_states: npt.NDArray[np.floating[Any]] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[RetrieveOptions],
+    ) -> Retrieval:
+        """Finds documents; the generator encodes the questions where `question_hidden_states` are not given.
+
+        Without questions only documents can be had: pass skip_contexts=True.
+        """
+        stub, address = self._retriever_stub()
+        if question_hidden_states is None:
+            if questions is None:
+                raise TypeError("retrieve needs questions or question_hidden_states")
+            question_hidden_states = await self.encode_questions(questions, timeout_s=timeout_s)
+        request = messages.retrieve_request(question_hidden_states, questions, options)
+        call = stub.Retrieve(request, timeout=self._time(timeout_s))
+        return messages.retrieval(await self._answer(call, address))
+
+    async def get_documents(
+        self, *, keys: Sequence[str] = (), rows: Sequence[int] = (), timeout_s: float | None = None
+    ) -> DocumentLookup:
+        """Reads documents by key and by row."""
+        stub, address = self._retriever_stub()
+        request = retriever_service_pb2.GetDocumentsRequest(keys=keys, rows=rows)
+        call = stub.GetDocuments(request, timeout=self._time(timeout_s))
+        return messages.lookup(await self._answer(call, address))
+
+    async def get_index(self, *, timeout_s: float | None = None) -> IndexInfo:
+        """Describes the index that answers."""
+        stub, address = self._retriever_stub()
+        call = stub.GetIndex(retriever_service_pb2.GetIndexRequest(), timeout=self._time(timeout_s))
+        return messages.index_info(await self._answer(call, address))
+
+    async def health(self, *, timeout_s: float | None = None) -> dict[str, Health]:
+        """Says by service name whether each side serves; a side that does not answer is UNREACHABLE."""
+        asked = [(GENERATOR_SERVICE, self._generator_channel)]
+        if self._retriever_channel is not None:
+            asked.append((RETRIEVER_SERVICE, self._retriever_channel))
+        return {name: await self._health(channel, name, self._time(timeout_s)) for name, channel in asked}
+
+    async def _health(self, channel: grpc.aio.Channel, service: str, timeout_s: float) -> Health:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        try:
+            response = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            silent = error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+            return Health.UNREACHABLE if silent else Health.UNKNOWN
+        name = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
+        return Health(name) if name in Health.__members__ else Health.UNKNOWN
+
+    def _retriever_stub(self) -> tuple[Any, str]:
+        if self._retriever is None or self.retriever_address is None:
+            raise ValueError("this client was made without a retriever_address")
+        return self._retriever, self.retriever_address
+
+    def _time(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+    async def _answer(self, call: Awaitable[ResponseT], address: str) -> ResponseT:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, address) from error

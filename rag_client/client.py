@@ -1,0 +1,140 @@
+"""The client for ordinary code: AsyncRagClient behind methods that wait."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from rag_client.aio import AsyncRagClient
+from rag_client.messages import Input, Questions, Targets
+from rag_client.options import GenerateOptions, RetrieveOptions, ScoreOptions
+from rag_client.types import (
+    DocumentLookup,
+    FloatArray,
+    Generation,
+    Health,
+    IndexInfo,
+    ModelInfo,
+    Retrieval,
+    Scores,
+)
+
+ResultT = TypeVar("ResultT")
+
+
+class RagClient:
+    """Talks to a generator and, where its address is given, to a retriever; threads may share it.
+
+    Its calls run on an event loop in a thread of its own, until `close` or the end of its `with` block. Every
+    method takes `timeout_s`, which wins over the client's; every failed call raises RagClientError.
+    """
+
+    def __init__(
+        self, generator_address: str, retriever_address: str | None = None, *, timeout_s: float = 60.0
+    ) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rag-client", daemon=True)
+        self._thread.start()
+        self._client = self._wait(_opened(generator_address, retriever_address, timeout_s))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the channels and ends the thread; a second call does nothing."""
+        if self._loop.is_closed():
+            return
+        self._wait(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def generate(
+        self, questions: Input, *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation:
+        """Answers questions: one text, several, their tokens, or contexts that the caller retrieved."""
+        return self._wait(self._client.generate(questions, timeout_s=timeout_s, **options))
+
+    def generate_from_contexts(
+        self,
+        context_input_ids: npt.NDArray[np.integer[Any]],
+        context_attention_mask: npt.NDArray[np.integer[Any]],
+        doc_scores: npt.NDArray[np.floating[Any]],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation:
+        """Answers with contexts [batch * n_docs, length] and doc_scores [batch, n_docs]."""
+        call = self._client.generate_from_contexts(
+            context_input_ids, context_attention_mask, doc_scores, timeout_s=timeout_s, **options
+        )
+        return self._wait(call)
+
+    def encode_questions(self, questions: Questions, *, timeout_s: float | None = None) -> FloatArray:
+        """Returns question_hidden_states: float32 [batch, dim]."""
+        return self._wait(self._client.encode_questions(questions, timeout_s=timeout_s))
+
+    def score(
+        self,
+        questions: Input,
+        targets: Targets,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Scores:
+        """Gives log p(target | question) of one target a question: texts, or labels [batch, length]."""
+        return self._wait(self._client.score(questions, targets, timeout_s=timeout_s, **options))
+
+    def get_model(self, *, timeout_s: float | None = None) -> ModelInfo:
+        """Describes the model that answers."""
+        return self._wait(self._client.get_model(timeout_s=timeout_s))
+
+    def retrieve(
+        self,
+        questions: Questions | None,
+        question_hidden_states: npt.NDArray[np.floating[Any]] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[RetrieveOptions],
+    ) -> Retrieval:
+        """Finds documents; the generator encodes the questions where `question_hidden_states` are not given.
+
+        Without questions only documents can be had: pass skip_contexts=True.
+        """
+        call = self._client.retrieve(questions, question_hidden_states, timeout_s=timeout_s, **options)
+        return self._wait(call)
+
+    def get_documents(
+        self, *, keys: Sequence[str] = (), rows: Sequence[int] = (), timeout_s: float | None = None
+    ) -> DocumentLookup:
+        """Reads documents by key and by row."""
+        return self._wait(self._client.get_documents(keys=keys, rows=rows, timeout_s=timeout_s))
+
+    def get_index(self, *, timeout_s: float | None = None) -> IndexInfo:
+        """Describes the index that answers."""
+        return self._wait(self._client.get_index(timeout_s=timeout_s))
+
+    def health(self, *, timeout_s: float | None = None) -> dict[str, Health]:
+        """Says by service name whether each side serves; a side that does not answer is UNREACHABLE."""
+        return self._wait(self._client.health(timeout_s=timeout_s))
+
+    def _wait(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # an interrupt of the waiting thread must not leave the call running
+            future.cancel()
+            raise
+
+
+async def _opened(generator_address: str, retriever_address: str | None, timeout_s: float) -> AsyncRagClient:
+    return AsyncRagClient(generator_address, retriever_address, timeout_s=timeout_s)

@@ -1,0 +1,150 @@
+"""How the `rag` command shows answers, documents and the pair's state on a terminal."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from rag_client.types import (
+    Answer,
+    AnswerSpan,
+    Document,
+    Generation,
+    Health,
+    Hypothesis,
+    IndexInfo,
+    ModelInfo,
+    RetrievedDocument,
+)
+
+_BAR_CELLS = 10
+_EXCERPT_CHARS = 76
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def answer_view(generation: Generation, answer: Answer) -> RenderableType:
+    """The answer with its log-probability, where it stands, the documents behind it and the runners-up."""
+    parts: list[RenderableType] = []
+    if not answer.hypotheses:
+        parts.append(Text("no answer", style="bold yellow"))
+    else:
+        best = answer.best
+        headline = Text(best.answer or "(empty answer)", style="bold green")
+        headline.append(f"   log p = {best.log_likelihood:.3f}", style="default not bold")
+        parts.append(headline)
+        if best.span is not None and best.span.document < len(answer.documents):
+            parts.append(Padding(_quote(best.span, answer.documents[best.span.document]), (0, 0, 0, 2)))
+    if answer.documents:
+        posterior = answer.best.document_posterior if answer.hypotheses else []
+        parts += [Text(), documents_table(answer.documents, posterior)]
+    if len(answer.hypotheses) > 1:
+        parts += [Text(), _runners_up(answer.hypotheses[1:])]
+    parts += [Text(), Text(_how(generation, answer), style="dim")]
+    return Group(*parts)
+
+
+def documents_table(documents: Sequence[RetrievedDocument], posterior: Sequence[float]) -> RenderableType:
+    """The documents behind an answer: doc_score, prior and posterior share."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("document")
+    table.add_column("doc_score", justify="right")
+    table.add_column("prior", no_wrap=True)
+    table.add_column("posterior", no_wrap=True)
+    for place, document in enumerate(documents):
+        share = posterior[place] if place < len(posterior) else None
+        table.add_row(
+            Text(document.title or document.key),
+            f"{document.doc_score:.3f}",
+            share_bar(document.prior),
+            share_bar(share) if share is not None else "",
+        )
+    return Padding(table, (0, 0, 0, 2))
+
+
+def retrieval_table(documents: Sequence[Document], doc_scores: Sequence[float]) -> RenderableType:
+    """Documents found for a question: doc_score, row, title and how the text begins."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("doc_score", justify="right")
+    table.add_column("row", justify="right")
+    table.add_column("title")
+    table.add_column("text")
+    for document, doc_score in zip(documents, doc_scores, strict=False):
+        table.add_row(
+            f"{doc_score:.3f}",
+            str(document.row),
+            Text(document.title),
+            Text(_cut(document.text), no_wrap=True),
+        )
+    return table
+
+
+def status_view(
+    health: Mapping[str, Health],
+    addresses: Mapping[str, str],
+    model: ModelInfo | None,
+    index: IndexInfo | None,
+) -> RenderableType:
+    """Health of both services, the model and the index."""
+    table = Table.grid(padding=(0, 2))
+    for service, state in health.items():
+        style = "green" if state is Health.SERVING else "red"
+        table.add_row(Text(service), Text(addresses[service], style="dim"), Text(state.value, style=style))
+    parts: list[RenderableType] = [table]
+    for title, described in (("model", model), ("index", index)):
+        if described is None:
+            continue
+        facts = Table.grid(padding=(0, 2))
+        for name in described.__dataclass_fields__:
+            value = getattr(described, name)
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            facts.add_row(Text(name, style="dim"), Text(repr(shown) if shown == "" else str(shown)))
+        parts += [Text(), Text(title, style="bold"), Padding(facts, (0, 0, 0, 2))]
+    return Group(*parts)
+
+
+def share_bar(share: float) -> Text:
+    """A share of one as a bar of ten cells, and in percent."""
+    eighths = round(min(max(share, 0.0), 1.0) * _BAR_CELLS * 8)
+    full, rest = divmod(eighths, 8)
+    bar = "█" * full + (_EIGHTHS[rest] if rest else "")
+    return Text.assemble((bar.ljust(_BAR_CELLS), "cyan"), f" {share:6.1%}")
+
+
+def _quote(span: AnswerSpan, document: RetrievedDocument) -> Text:
+    room = max(_EXCERPT_CHARS - (span.end - span.start), 0) // 2
+    start, end = max(span.start - room, 0), min(span.end + room, len(document.text))
+    quote = Text(style="italic")
+    quote.append("…" if start > 0 else "")
+    quote.append(document.text[start : span.start])
+    quote.append(document.text[span.start : span.end], style="bold")
+    quote.append(document.text[span.end : end])
+    quote.append("…" if end < len(document.text) else "")
+    quote.append(f"  ({document.title or document.key})", style="not italic dim")
+    return quote
+
+
+def _runners_up(hypotheses: Sequence[Hypothesis]) -> RenderableType:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("other answers")
+    table.add_column("log p", justify="right")
+    for one in hypotheses:
+        table.add_row(Text(one.answer or "(empty answer)"), f"{one.log_likelihood:.3f}")
+    return Padding(table, (0, 0, 0, 2))
+
+
+def _how(generation: Generation, answer: Answer) -> str:
+    strategy = generation.strategy.value
+    if generation.strategy_differs_from_checkpoint:
+        strategy += " (not the checkpoint's own)"
+    timings = generation.timings
+    return (
+        f"{strategy}, {answer.n_docs} documents, {timings.total_s * 1000:.0f} ms "
+        f"(encode {timings.encode_s * 1000:.0f}, retrieve {timings.retrieve_s * 1000:.0f}, "
+        f"queue {timings.queue_s * 1000:.0f}, generate {timings.generate_s * 1000:.0f})"
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _EXCERPT_CHARS else f"{text[: _EXCERPT_CHARS - 1]}…"
