@@ -76,7 +76,7 @@ lint-python: setup
 	$(call say,"mypy --strict")
 	@$(BIN)/mypy
 	$(call say,"import-linter")
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 .PHONY: lint-proto
 lint-proto: setup

@@ -7,8 +7,10 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -109,7 +111,7 @@ def _parser(cls: type[BaseModel], env_prefix: str, program: str | None) -> argpa
         parser.add_argument(
             flag_name(name),
             dest=name,
-            metavar=_metavar(field),
+            metavar=_metavar(field.annotation),
             help=text.replace("%", "%%"),
             nargs="?" if is_bool else None,
             const="true" if is_bool else None,
@@ -117,11 +119,17 @@ def _parser(cls: type[BaseModel], env_prefix: str, program: str | None) -> argpa
     return parser
 
 
-def _metavar(field: FieldInfo) -> str:
-    if get_origin(field.annotation) is Literal:
-        return "{" + ",".join(str(choice) for choice in get_args(field.annotation)) + "}"
-    name = getattr(field.annotation, "__name__", str(field.annotation))
-    return {"Optional": "VALUE", "Union": "VALUE", "UnionType": "VALUE"}.get(name, name.upper())
+def _metavar(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in {Union, UnionType}:
+        return "|".join(_metavar(one) for one in arguments if one is not NoneType)
+    if origin is Literal:
+        return "{" + ",".join(str(choice) for choice in arguments) + "}"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "{" + ",".join(str(choice.value) for choice in annotation) + "}"
+    if origin in {tuple, list, set, frozenset}:
+        return f"{_metavar(arguments[0])},…"
+    return str(getattr(origin or annotation, "__name__", annotation)).upper()
 
 
 def _shown(default: object) -> str:

@@ -146,6 +146,10 @@ def test_help_prints_every_flag_with_its_variable_default_and_text(
         assert environment_name("RAG_X_", name) in text
         assert (field.description or "") in text
     assert "default 5" in text
+    assert "--n-docs INT " in text
+    assert "--limit FLOAT " in text
+    assert "--bad-words STR,… " in text
+    assert "--metric {inner_product,l2} " in text
 
 
 def test_a_required_setting_that_is_missing_is_named(capsys: pytest.CaptureFixture[str]) -> None:
