@@ -136,7 +136,18 @@ def advance(
     return _with_stopping(advanced, ends), parents.gather(1, survivors)
 
 
-def _complete(state: BeamState, candidates: Tensor, history: Tensor, log_probs: Tensor, ends: Tensor) -> BeamState:
+def is_real(state: BeamState) -> Tensor:
+    """bool [searches, beams]: completed hypotheses but for the heirs of dead beams.
+
+    Where fewer answers than beams are possible, transformers fills up with repetitions of score -1e9.
+    """
+    penalty = state.lengths.clamp_min(1).double() ** state.length_penalty[:, None]
+    return state.finished & (state.scores * penalty > DEAD / 2)
+
+
+def _complete(
+    state: BeamState, candidates: Tensor, history: Tensor, log_probs: Tensor, ends: Tensor
+) -> BeamState:
     """Merge candidates that ended into the completed hypotheses (_update_finished_beams)."""
     beams, keep = state.running.shape[1], log_probs.shape[1]
     just_finished = ends & (torch.arange(keep, device=ends.device) < beams)

@@ -60,7 +60,9 @@ def concatenate(first: ChainState, second: ChainState) -> ChainState:
     joined = {}
     for field in dataclasses.fields(ChainState):
         fill = -1 if field.name == "eos" else 0
-        joined[field.name] = torch.cat(_same_widths(getattr(first, field.name), getattr(second, field.name), fill))
+        joined[field.name] = torch.cat(
+            _same_widths(getattr(first, field.name), getattr(second, field.name), fill)
+        )
     return ChainState(**joined)
 
 

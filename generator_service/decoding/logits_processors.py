@@ -108,7 +108,9 @@ def _forced_and_suppressed(s: GenerationSettings, device: torch.device) -> list[
     if s.forced_bos_token_id is not None:
         processors.append(ForcedBOSTokenLogitsProcessor(s.forced_bos_token_id))
     if s.forced_eos_token_id is not None:
-        processors.append(ForcedEOSTokenLogitsProcessor(s.max_length, s.forced_eos_token_id, device=str(device)))
+        processors.append(
+            ForcedEOSTokenLogitsProcessor(s.max_length, s.forced_eos_token_id, device=str(device))
+        )
     if s.suppress_tokens:
         processors.append(SuppressTokensLogitsProcessor(list(s.suppress_tokens), device=str(device)))
     if s.begin_suppress_tokens:
@@ -147,12 +149,13 @@ def build_warpers(settings: GenerationSettings, device: torch.device) -> list[Pr
 def forced_token(settings: GenerationSettings, cur_len: int) -> int | None:
     """The only token that may come next, or None: what the forced processors, the last of all, would leave.
 
-    None wherever another processor acts after or around them, so that the general way decides.
+    None wherever another processor acts after or around them, so that the general way decides; and for a forced
+    first token while sampling, so that the stream of draws is Hugging Face's.
     """
     if settings.suppress_tokens or settings.begin_suppress_tokens or settings.renormalize_logits:
         return None
     if settings.forced_eos_token_id is not None and cur_len == settings.max_length - 1:
         return settings.forced_eos_token_id
-    if settings.forced_bos_token_id is not None and cur_len == _PROMPT_LENGTH:
+    if settings.forced_bos_token_id is not None and cur_len == _PROMPT_LENGTH and not settings.do_sample:
         return settings.forced_bos_token_id
     return None

@@ -28,7 +28,9 @@ def draw_continuations(
     accumulated = (log_probs + running_scores[:, None]).flatten()
     probabilities = torch.softmax(accumulated, dim=-1).cpu()
     possible = int((probabilities > 0).sum())
-    index = torch.multinomial(probabilities, min(keep, possible), generator=random)
+    index = torch.empty(0, dtype=torch.int64)
+    if possible:
+        index = torch.multinomial(probabilities, min(keep, possible), generator=random)
     if possible < keep:
         rest = accumulated.cpu().clone()
         rest[index] = float("-inf")

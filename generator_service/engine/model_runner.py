@@ -46,7 +46,9 @@ class _Question:
 class ModelRunner:
     """Owns the models and everything on the device."""
 
-    def __init__(self, backbone: Backbone, question_encoder: QuestionEncoder | None, device: torch.device) -> None:
+    def __init__(
+        self, backbone: Backbone, question_encoder: QuestionEncoder | None, device: torch.device
+    ) -> None:
         self.backbone, self.question_encoder, self.device = backbone, question_encoder, device
         self._pools: dict[PoolKey, SearchPool] = {}
         self._questions: dict[int, _Question] = {}
@@ -81,7 +83,9 @@ class ModelRunner:
     def _encode_questions(self, requests: Sequence[Request], outcome: StepOutcome) -> None:
         works = [r.work for r in requests if isinstance(r.work, EncodeQuestion)]
         if works and self.question_encoder is not None:
-            hidden = self.question_encoder.encode([w.input_ids for w in works], [w.attention_mask for w in works])
+            hidden = self.question_encoder.encode(
+                [w.input_ids for w in works], [w.attention_mask for w in works]
+            )
             outcome.encoded.extend(
                 (r, h.numpy().tobytes()) for r, h in zip(requests, hidden.float().cpu(), strict=True)
             )
@@ -181,7 +185,9 @@ class ModelRunner:
                 continue
             end = start + x.shape[0]
             docs = pool.key.num_docs
-            scores.append(StepScores(logits[start:end].unflatten(0, (docs, -1)), lse[start:end].view(docs, -1)))
+            scores.append(
+                StepScores(logits[start:end].unflatten(0, (docs, -1)), lse[start:end].view(docs, -1))
+            )
             start = end
         return scores
 
@@ -207,6 +213,9 @@ class ModelRunner:
             self._answer(request, scoring.fast_hypotheses(work, by_document, question.log_prior), outcome)
             return
         candidates = scoring.candidates_of(work, by_document)
+        if not candidates:  # the processors left no answer at all
+            self._answer(request, [], outcome)
+            return
         self._candidates.append(
             scoring.start_candidates(request, candidates, question.contexts, self.backbone, self.device)
         )

@@ -60,7 +60,11 @@ class Request:
     def num_chains(self) -> int:
         """Independent hypotheses of greedy search and sampling."""
         work = self.work
-        if isinstance(work, GenerateAnswer) and work.strategy is Strategy.RAG_TOKEN and work.settings.do_sample:
+        if (
+            isinstance(work, GenerateAnswer)
+            and work.strategy is Strategy.RAG_TOKEN
+            and work.settings.do_sample
+        ):
             return work.settings.num_return_sequences
         return 1
 

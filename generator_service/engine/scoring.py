@@ -54,7 +54,11 @@ def candidates_of(work: GenerateAnswer, found: Sequence[Sequence[FoundHypothesis
 
 
 def start_candidates(
-    request: Request, candidates: list[list[int]], contexts: Sequence[ContextStates], backbone: Backbone, device: torch.device
+    request: Request,
+    candidates: list[list[int]],
+    contexts: Sequence[ContextStates],
+    backbone: Backbone,
+    device: torch.device,
 ) -> CandidateScoring:
     """Lay the candidates out as rows over all the question's contexts."""
     tree = rag_sequence.build_tree(candidates, device)
@@ -78,7 +82,9 @@ def start_target(
     return TargetScoring(request, labels, RowBlock(labels, positions, contexts, cache, ancestry))
 
 
-def finish_candidates(scoring: CandidateScoring, states: Tensor, backbone: Backbone, log_prior: Tensor) -> list[Hypothesis]:
+def finish_candidates(
+    scoring: CandidateScoring, states: Tensor, backbone: Backbone, log_prior: Tensor
+) -> list[Hypothesis]:
     """Answers, best first; states are the decoder's for the scoring's block."""
     work = scoring.request.work
     assert isinstance(work, GenerateAnswer)
@@ -90,7 +96,9 @@ def finish_candidates(scoring: CandidateScoring, states: Tensor, backbone: Backb
     return ranked(scoring.candidates, scores, work.settings.num_return_sequences)
 
 
-def fast_hypotheses(work: GenerateAnswer, found: Sequence[Sequence[FoundHypothesis]], log_prior: Tensor) -> list[Hypothesis]:
+def fast_hypotheses(
+    work: GenerateAnswer, found: Sequence[Sequence[FoundHypothesis]], log_prior: Tensor
+) -> list[Hypothesis]:
     """Answers by the paper's fast decoding: no further pass over the model."""
     held: dict[tuple[int, ...], dict[int, tuple[float, float]]] = {}
     for document, hypotheses in enumerate(found):
@@ -123,7 +131,9 @@ def ranked(candidates: list[list[int]], scores: rag_sequence.CandidateScores, co
     ]
 
 
-def token_hypotheses(work: GenerateAnswer, found: Sequence[FoundHypothesis], log_prior: Tensor) -> list[Hypothesis]:
+def token_hypotheses(
+    work: GenerateAnswer, found: Sequence[FoundHypothesis], log_prior: Tensor
+) -> list[Hypothesis]:
     """RAG-Token's answers, best first, with what each owes to which document."""
     out = []
     for hypothesis in found:
@@ -142,7 +152,9 @@ def token_hypotheses(work: GenerateAnswer, found: Sequence[FoundHypothesis], log
     return out[: work.settings.num_return_sequences]
 
 
-def finish_target(scoring: TargetScoring, states: Tensor, backbone: Backbone, log_prior: Tensor) -> QuestionScore:
+def finish_target(
+    scoring: TargetScoring, states: Tensor, backbone: Backbone, log_prior: Tensor
+) -> QuestionScore:
     """Score of a target; states are the decoder's for the scoring's block."""
     work = scoring.request.work
     assert isinstance(work, ScoreTarget)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from generator_service.decoding import logits_processors, sampling
+from generator_service.engine.messages import GenerateAnswer
 from generator_service.engine.request import Request
 from generator_service.model.backbone import RowBlock
 from generator_service.model.kv_cache import ContextStates, SelfCache
-from generator_service.types import GenerationSettings
+from generator_service.types import GenerationSettings, Strategy
 
 
 class PoolKey(NamedTuple):
@@ -101,6 +102,20 @@ class Search:
         for processor in (*self.processors, *self.warpers):
             scores = processor(input_ids, scores)
         return scores
+
+    def or_end(self, scores: Tensor) -> Tensor:
+        """scores [rows, vocab], but the end token alone in rows where the processors have left no token."""
+        if not self.processors:
+            return scores
+        end = torch.full_like(scores[:1], float("-inf"))
+        end[:, list(self.settings.eos_token_ids or (self.settings.pad_token_id,))] = 0.0
+        return torch.where(scores.isneginf().all(dim=1, keepdim=True), end, scores)
+
+    @property
+    def is_rag_token(self) -> bool:
+        """Whether scores are marginal log-probabilities, even of a single document."""
+        work = self.request.work
+        return isinstance(work, GenerateAnswer) and work.strategy is Strategy.RAG_TOKEN
 
     @property
     def is_plain(self) -> bool:

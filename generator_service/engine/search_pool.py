@@ -141,7 +141,9 @@ class SearchPool:
         assert search.random is not None
         input_ids = state.running[index, : search.rows, : search.cur_len]
         log_probs = search.processed(self._mixture(search, scores), input_ids).expand(self.key.width, -1)
-        return sampling.draw_continuations(log_probs, state.running_scores[index], self.key.keep, search.random)
+        return sampling.draw_continuations(
+            log_probs, state.running_scores[index], self.key.keep, search.random
+        )
 
     @staticmethod
     def _mixture(search: Search, scores: StepScores) -> Tensor:
@@ -176,9 +178,9 @@ class SearchPool:
         """int64 [chains]."""
         if scores.logits is None:
             return torch.full((self.key.width,), search.forced_token, device=input_ids.device)
-        # Hugging Face processes raw logits here, and log-probabilities where documents are mixed
-        mixed = scores.logits[0] if self.key.num_docs == 1 else self._mixture(search, scores)
-        processed = search.processed(mixed, input_ids)
+        # transformers processes RAG-Sequence's raw logits here, but RAG-Token's log-probabilities, mixed or not
+        mixed = self._mixture(search, scores) if search.is_rag_token else scores.logits[0]
+        processed = search.or_end(search.processed(mixed, input_ids))
         if search.random is not None:
             return sampling.draw_tokens(processed, search.random)
         return processed.argmax(dim=-1)
@@ -189,16 +191,23 @@ class SearchPool:
         if self.key.beam:
             state = self._beams
             assert state is not None
-            lengths, scores = state.lengths[index].tolist(), state.scores[index].tolist()
-            sequences, history = state.sequences[index], state.log_probs[index]
+            real = beam.is_real(state.select(torch.tensor([index], device=state.scores.device)))[0]
+            lengths, scores = state.lengths[index][real].tolist(), state.scores[index][real].tolist()
+            sequences, history = state.sequences[index][real], state.log_probs[index][real]
         else:
             chain = self._chains
             assert chain is not None
-            lengths, sequences, history = chain.lengths[index].tolist(), chain.running[index], chain.running_log_probs[index]
+            lengths, sequences, history = (
+                chain.lengths[index].tolist(),
+                chain.running[index],
+                chain.running_log_probs[index],
+            )
             scores = [0.0] * self.key.width
         return [
             FoundHypothesis(
-                token_ids=sequences[i, : n + 1].tolist(), score=scores[i], token_log_probs=history[i, 1 : n + 1]
+                token_ids=sequences[i, : n + 1].tolist(),
+                score=scores[i],
+                token_log_probs=history[i, 1 : n + 1],
             )
             for i, n in enumerate(lengths)
         ]

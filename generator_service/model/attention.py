@@ -26,7 +26,11 @@ def encoder_attention(
         end = start + length
         mask = None if bias is None else bias[:, :, :length, :length]
         attended = F.scaled_dot_product_attention(
-            query[None, :, start:end], key[None, :, start:end], value[None, :, start:end], attn_mask=mask, scale=scale
+            query[None, :, start:end],
+            key[None, :, start:end],
+            value[None, :, start:end],
+            attn_mask=mask,
+            scale=scale,
         )
         out[start:end] = attended[0].transpose(0, 1).flatten(1)
         start = end
@@ -34,7 +38,13 @@ def encoder_attention(
 
 
 def self_attention(
-    qkv: Tensor, batch: RowBatch, masks: Sequence[Tensor | None], layer: int, heads: int, *, scale: float | None
+    qkv: Tensor,
+    batch: RowBatch,
+    masks: Sequence[Tensor | None],
+    layer: int,
+    heads: int,
+    *,
+    scale: float | None,
 ) -> Tensor:
     """Attention of rows to their ancestors; writes the rows' keys and values into the caches.
 

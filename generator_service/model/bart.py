@@ -53,9 +53,13 @@ class _DecoderLayer(nn.Module):
         self.feed_forward = _FeedForward(layer, activation)
 
     def forward(self, hidden: Tensor, batch: RowBatch, masks: Sequence[Tensor | None]) -> Tensor:
-        attended = attention.self_attention(self.qkv(hidden), batch, masks, self.index, self.heads, scale=None)
+        attended = attention.self_attention(
+            self.qkv(hidden), batch, masks, self.index, self.heads, scale=None
+        )
         hidden = self.norm(hidden + self.out(attended))
-        attended = attention.cross_attention(self.cross_query(hidden), batch, self.index, self.heads, scale=None)
+        attended = attention.cross_attention(
+            self.cross_query(hidden), batch, self.index, self.heads, scale=None
+        )
         hidden = self.cross_norm(hidden + self.cross_out(attended))
         return cast(Tensor, self.feed_forward(hidden))
 
@@ -86,11 +90,15 @@ class BartBackbone(nn.Module):
             inner.decoder.layernorm_embedding,
         )
         encoder_heads = int(config.encoder_attention_heads)
-        self.encoder_layers = nn.ModuleList(_EncoderLayer(x, encoder_heads, activation) for x in inner.encoder.layers)
+        self.encoder_layers = nn.ModuleList(
+            _EncoderLayer(x, encoder_heads, activation) for x in inner.encoder.layers
+        )
         self.decoder_layers = nn.ModuleList(
             _DecoderLayer(x, i, self.heads, activation) for i, x in enumerate(inner.decoder.layers)
         )
-        projections = [p for x in inner.decoder.layers for p in (x.encoder_attn.k_proj, x.encoder_attn.v_proj)]
+        projections = [
+            p for x in inner.decoder.layers for p in (x.encoder_attn.k_proj, x.encoder_attn.v_proj)
+        ]
         self.cross_projection = attention.concatenated(*projections)
         self.head = model.lm_head.weight
         self.head_bias = model.final_logits_bias[0].to(self.head.dtype)
@@ -98,10 +106,14 @@ class BartBackbone(nn.Module):
     def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
         lengths = [int(c.shape[0]) for c in contexts]
         positions = torch.cat([self.encoder_positions[self.offset : self.offset + n] for n in lengths])
-        hidden = self.encoder_norm(F.embedding(torch.cat(list(contexts)), self.embedding) * self.scale + positions)
+        hidden = self.encoder_norm(
+            F.embedding(torch.cat(list(contexts)), self.embedding) * self.scale + positions
+        )
         for layer in self.encoder_layers:
             hidden = layer(hidden, lengths)
-        projected = attention.cross_states(self.cross_projection(hidden), lengths, self.num_layers, self.heads)
+        projected = attention.cross_states(
+            self.cross_projection(hidden), lengths, self.num_layers, self.heads
+        )
         return [ContextStates(n, cross, None) for n, cross in zip(lengths, projected, strict=True)]
 
     def new_cache(self, num_contexts: int) -> SelfCache:

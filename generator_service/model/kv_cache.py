@@ -37,7 +37,14 @@ class SelfCache:
     """
 
     def __init__(
-        self, *, num_layers: int, num_contexts: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        *,
+        num_layers: int,
+        num_contexts: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._shape = (num_layers, num_contexts, heads, _INITIAL_SLOTS if num_layers else 0, head_dim)
         self.keys = torch.empty(self._shape, dtype=dtype, device=device)

@@ -15,7 +15,11 @@ from generator_service.model.question_encoder import QuestionEncoder
 from generator_service.model.t5 import T5Backbone
 from generator_service.types import ModelSource
 
-_BACKBONES: dict[str, type[BartBackbone] | type[T5Backbone]] = {"bart": BartBackbone, "t5": T5Backbone, "mt5": T5Backbone}
+_BACKBONES: dict[str, type[BartBackbone] | type[T5Backbone]] = {
+    "bart": BartBackbone,
+    "t5": T5Backbone,
+    "mt5": T5Backbone,
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def _load_pair(source: ModelSource) -> tuple[Any, Any]:
     encoder = None
     if source.question_encoder is not None:
         encoder = AutoModel.from_pretrained(
-            source.question_encoder, config=AutoConfig.from_pretrained(source.question_encoder), dtype=torch.float32
+            source.question_encoder,
+            config=AutoConfig.from_pretrained(source.question_encoder),
+            dtype=torch.float32,
         )
     return encoder, generator

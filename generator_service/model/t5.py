@@ -54,7 +54,9 @@ class _EncoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, lengths: Sequence[int], bias: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(hidden))
-        hidden = hidden + self.out(attention.encoder_attention(qkv, lengths, self.heads, scale=1.0, bias=bias))
+        hidden = hidden + self.out(
+            attention.encoder_attention(qkv, lengths, self.heads, scale=1.0, bias=bias)
+        )
         return cast(Tensor, self.feed_forward(hidden))
 
 
@@ -74,7 +76,9 @@ class _DecoderLayer(nn.Module):
             attention.self_attention(qkv, batch, masks, self.index, self.heads, scale=1.0)
         )
         query = self.cross_query(self.cross_norm(hidden))
-        hidden = hidden + self.cross_out(attention.cross_attention(query, batch, self.index, self.heads, scale=1.0))
+        hidden = hidden + self.cross_out(
+            attention.cross_attention(query, batch, self.index, self.heads, scale=1.0)
+        )
         return cast(Tensor, self.feed_forward(hidden))
 
 
@@ -94,13 +98,15 @@ class T5Backbone(nn.Module):
         self.encoder_layers = nn.ModuleList(_EncoderLayer(b, self.heads) for b in model.encoder.block)
         self.encoder_norm = model.encoder.final_layer_norm
         self.encoder_bias = RelativeBias(model.encoder.block[0].layer[0].SelfAttention, bidirectional=True)
-        self.decoder_layers = nn.ModuleList(_DecoderLayer(b, i, self.heads) for i, b in enumerate(model.decoder.block))
+        self.decoder_layers = nn.ModuleList(
+            _DecoderLayer(b, i, self.heads) for i, b in enumerate(model.decoder.block)
+        )
         self.decoder_norm = model.decoder.final_layer_norm
         self.decoder_bias = RelativeBias(model.decoder.block[0].layer[0].SelfAttention, bidirectional=False)
         cross = [b.layer[1].EncDecAttention for b in model.decoder.block]
         self.cross_projection = attention.concatenated(*(p for x in cross for p in (x.k, x.v)))
         self.head = model.lm_head.weight
-        scaled = bool(getattr(config, "scale_decoder_outputs", config.tie_word_embeddings))
+        scaled = bool(getattr(config, "scale_decoder_outputs", False))  # mT5's decoder never scales
         self.output_scale = float(config.d_model) ** -0.5 if scaled else 1.0
 
     def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
@@ -128,7 +134,9 @@ class T5Backbone(nn.Module):
         hidden = F.embedding(batch.token_ids(), self.embedding)
         masks = []
         for block in batch.blocks:
-            bias = self.decoder_bias(block.positions, block.cache.positions[: block.cache.num_slots]).to(hidden.dtype)
+            bias = self.decoder_bias(block.positions, block.cache.positions[: block.cache.num_slots]).to(
+                hidden.dtype
+            )
             mask = attention.ancestry_mask(block.ancestry, hidden.dtype)
             masks.append(bias.contiguous() if mask is None else bias + mask)
         for layer in self.decoder_layers:

@@ -1,0 +1,252 @@
+"""From questions to answers: encode, retrieve, generate; the device batches across requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from generator_service import answer_span
+from generator_service.answer_span import Span
+from generator_service.engine.async_engine import AsyncEngine, gather_or_cancel
+from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, ScoreTarget
+from generator_service.errors import MismatchError, NoDocumentsError
+from generator_service.metrics import GeneratorMetrics
+from generator_service.retrieval_client import FoundDocument, RetrievalClient, RetrievalSettings
+from generator_service.tokenization import TextTokenizer
+from generator_service.types import (
+    Compatibility,
+    GenerationSettings,
+    Hypothesis,
+    QuestionScore,
+    SequenceDecoding,
+    Strategy,
+)
+from rag_serving.interceptors.deadline import time_left_s
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Questions as the question encoder takes them: token ids and masks a question; texts where they came as such."""
+
+    input_ids: list[list[int]]
+    attention_mask: list[list[int]]
+    texts: list[str] | None
+
+
+@dataclass(frozen=True)
+class QuestionContexts:
+    """What one question is answered from; documents is empty where the caller brought the contexts.
+
+    present holds the places, among n_docs asked for, of the documents that are there.
+    """
+
+    contexts: list[list[int]]
+    padded_contexts: list[list[int]] | None
+    doc_scores: list[float]
+    documents: list[FoundDocument]
+    present: list[int]
+    n_docs: int
+
+
+@dataclass
+class Stages:
+    """Seconds of a request's stages, and the index generation that retrieval used."""
+
+    encode_s: float = 0.0
+    retrieve_s: float = 0.0
+    queue_s: float = 0.0
+    generate_s: float = 0.0
+    generation: int = 0
+    began_s: float = field(default_factory=time.perf_counter)
+
+    @property
+    def total_s(self) -> float:
+        """Since the request began."""
+        return time.perf_counter() - self.began_s
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How a batch of questions is answered."""
+
+    strategy: Strategy
+    sequence_decoding: SequenceDecoding
+    compatibility: Compatibility
+    settings: GenerationSettings
+    do_deduplication: bool
+    exclude_bos_score: bool
+
+
+@dataclass(frozen=True)
+class AnswerText:
+    """A hypothesis for people: its text, and where it stands in the documents."""
+
+    hypothesis: Hypothesis
+    text: str
+    span: Span | None
+
+
+class Answerer:
+    """Runs the stages; knows neither protobuf nor gRPC."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        retrieval: RetrievalClient | None,
+        generator_tokenizer: TextTokenizer,
+        metrics: GeneratorMetrics,
+    ) -> None:
+        self._engine, self._retrieval = engine, retrieval
+        self._tokenizer, self._metrics = generator_tokenizer, metrics
+
+    async def encode(self, questions: Questions, stages: Stages) -> npt.NDArray[np.float32]:
+        """question_hidden_states float32 [batch, dim]."""
+        started = time.perf_counter()
+        self._engine.check_room(len(questions.input_ids))
+        works = [
+            EncodeQuestion(request_id=0, input_ids=ids, attention_mask=mask)
+            for ids, mask in zip(questions.input_ids, questions.attention_mask, strict=True)
+        ]
+        hidden = await gather_or_cancel([self._engine.encode(work) for work in works])
+        stages.encode_s = time.perf_counter() - started
+        self._metrics.encode_seconds.observe(stages.encode_s)
+        return np.stack(hidden)
+
+    async def retrieve(
+        self, questions: Questions, settings: RetrievalSettings, stages: Stages, *, pad_token_id: int | None
+    ) -> list[QuestionContexts]:
+        """Contexts of each question; pad_token_id pads them as Hugging Face does, where its semantics are asked for."""
+        if self._retrieval is None:
+            raise MismatchError("this generator has no retriever: send contexts, or set retriever_address")
+        hidden = await self.encode(questions, stages)
+        started = time.perf_counter()
+        width = max(len(ids) for ids in questions.input_ids)
+        padded = [ids + [0] * (width - len(ids)) for ids in questions.input_ids]
+        retrieval = await self._retrieval.retrieve(
+            hidden,
+            texts=questions.texts,
+            input_ids=None if questions.texts is not None else np.array(padded, dtype=np.int64),
+            settings=settings,
+        )
+        stages.retrieve_s, stages.generation = time.perf_counter() - started, retrieval.generation
+        self._metrics.retrieve_seconds.observe(stages.retrieve_s)
+        found = []
+        for index, question in enumerate(retrieval.questions):
+            if not question.contexts:
+                raise NoDocumentsError(f"the index gave no document for question {index}")
+            rows = None
+            if pad_token_id is not None:
+                rows = [c + [pad_token_id] * (retrieval.padded_length - len(c)) for c in question.contexts]
+            count = len(question.contexts)
+            found.append(
+                QuestionContexts(
+                    question.contexts,
+                    rows,
+                    question.doc_scores,
+                    question.documents,
+                    list(range(count)),
+                    count,
+                )
+            )
+        return found
+
+    async def generate(
+        self, questions: Sequence[QuestionContexts], options: GenerationOptions, stages: Stages
+    ) -> list[list[Hypothesis]]:
+        """Hypotheses of each question, best first; document_posterior is over n_docs."""
+        self._engine.check_room(len(questions))
+        left_s = time_left_s()
+        deadline_s = None if left_s is None else time.monotonic() + left_s
+        works = [
+            GenerateAnswer(
+                request_id=0,
+                strategy=options.strategy,
+                sequence_decoding=options.sequence_decoding,
+                compatibility=options.compatibility,
+                settings=options.settings,
+                contexts=question.contexts,
+                padded_contexts=question.padded_contexts,
+                doc_scores=question.doc_scores,
+                do_deduplication=options.do_deduplication,
+                exclude_bos_score=options.exclude_bos_score,
+                deadline_s=deadline_s,
+            )
+            for question in questions
+        ]
+        reports = await gather_or_cancel([self._engine.generate(work) for work in works])
+        stages.queue_s = max(r.queue_s for r in reports)
+        stages.generate_s = max(r.generate_s for r in reports)
+        answers = [r.hypotheses for r in reports]
+        self._metrics.observe_answers(options.strategy, reports)
+        return [
+            [_over_all_documents(h, q) for h in hypotheses]
+            for q, hypotheses in zip(questions, answers, strict=True)
+        ]
+
+    async def score(
+        self,
+        questions: Sequence[QuestionContexts],
+        labels: Sequence[Sequence[int]],
+        *,
+        strategy: Strategy,
+        compatibility: Compatibility,
+        pad_token_id: int,
+        exclude_first: Sequence[bool],
+    ) -> list[QuestionScore]:
+        """Score one target a question."""
+        self._engine.check_room(len(questions))
+        left_s = time_left_s()
+        works = [
+            ScoreTarget(
+                request_id=0,
+                strategy=strategy,
+                compatibility=compatibility,
+                contexts=question.contexts,
+                doc_scores=question.doc_scores,
+                labels=list(target),
+                pad_token_id=pad_token_id,
+                exclude_first=exclude,
+                deadline_s=None if left_s is None else time.monotonic() + left_s,
+            )
+            for question, target, exclude in zip(questions, labels, exclude_first, strict=True)
+        ]
+        reports = await gather_or_cancel([self._engine.score(work) for work in works])
+        return [report.score for report in reports]
+
+    def texts(self, question: QuestionContexts, hypotheses: Sequence[Hypothesis]) -> list[AnswerText]:
+        """Hypotheses as text, found again in the question's documents."""
+        bodies = [document.text for document in question.documents]
+        out = []
+        for hypothesis in hypotheses:
+            text = self._tokenizer.decode(hypothesis.token_ids)
+            span = answer_span.find(text, bodies, hypothesis.document_posterior) if bodies else None
+            out.append(AnswerText(hypothesis, text, span))
+        return out
+
+    async def texts_off_loop(
+        self, questions: Sequence[QuestionContexts], answers: Sequence[Sequence[Hypothesis]]
+    ) -> list[list[AnswerText]]:
+        """texts for a batch, in a thread where there is much of it."""
+        return await asyncio.to_thread(
+            lambda: [self.texts(q, hypotheses) for q, hypotheses in zip(questions, answers, strict=True)]
+        )
+
+
+def _over_all_documents(hypothesis: Hypothesis, question: QuestionContexts) -> Hypothesis:
+    """Documents that are not there have no part in an answer."""
+    if len(question.present) == question.n_docs:
+        return hypothesis
+    posterior = [0.0] * question.n_docs
+    for place, share in zip(question.present, hypothesis.document_posterior, strict=True):
+        posterior[place] = share
+    return Hypothesis(
+        token_ids=hypothesis.token_ids,
+        score=hypothesis.score,
+        log_likelihood=hypothesis.log_likelihood,
+        document_posterior=posterior,
+    )

@@ -1,0 +1,97 @@
+"""The generator's settings: flags, RAG_GENERATOR_… in the environment, or a file."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from generator_service.types import Pooling, Strategy
+from rag_serving.config import ServiceSettings
+
+ENV_PREFIX = "RAG_GENERATOR_"
+
+
+class GeneratorSettings(ServiceSettings):
+    """Answers questions with a RAG checkpoint, over the documents that a retriever finds."""
+
+    grpc_port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    http_port: int = Field(
+        8052, ge=0, le=65535, description="HTTP port of /livez, /readyz and /metrics; 0 takes a free one"
+    )
+    rag_checkpoint: str | None = Field(
+        None, description="RAG checkpoint: a folder or hub name with question encoder and generator in one"
+    )
+    question_encoder: str | None = Field(
+        None, description="question encoder alone: a folder or hub name, beside --generator"
+    )
+    generator: str | None = Field(None, description="seq2seq generator alone: a folder or hub name")
+    retriever_address: str = Field(
+        "localhost:50051",
+        description="host:port or gRPC target of the retriever; empty serves only questions that bring their contexts",
+    )
+    default_strategy: Strategy | None = Field(
+        None, description="RAG_SEQUENCE or RAG_TOKEN; none takes what the checkpoint's architecture says"
+    )
+    pooling: Pooling | None = Field(
+        None,
+        description="first_output, pooler, mean or cls: how the question encoder's output becomes a vector;"
+        " none takes the checkpoint's, or first_output as Hugging Face does",
+    )
+    normalize: bool | None = Field(
+        None, description="divide question vectors by their norm; none takes the checkpoint's, or no"
+    )
+    score_scale: float | None = Field(
+        None,
+        gt=0,
+        description="factor on question vectors and so on doc_scores; none takes the checkpoint's, or 1",
+    )
+    embedding_model: str | None = Field(
+        None,
+        description="name or digest of the index's embedding model that the question encoder fits; none takes the"
+        " checkpoint's, or accepts any",
+    )
+    retriever_check_s: float = Field(
+        2.0, gt=0, description="seconds between looks at a retriever that is not there or does not fit"
+    )
+
+    devices: tuple[str, ...] = Field(
+        (),
+        description="devices, one worker process each: cpu or cuda:0,cuda:1; none takes every GPU, or the CPU",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="type of the generator's weights; scores are float32 always"
+    )
+    decoder: Literal["auto", "general"] = Field(
+        "auto",
+        description="auto takes our own decoder for BART and T5; general runs transformers' model, slowly",
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of a worker; 0 takes every core it may use")
+    cache_budget_mib: int = Field(
+        0,
+        ge=0,
+        description="MiB of keys and values on a device; 0 takes a quarter of memory, or most of a GPU's",
+    )
+    max_step_rows: int = Field(1024, ge=1, description="decoder rows of one step")
+    max_step_context_tokens: int = Field(4096, ge=1, description="context tokens encoded in one step")
+    heartbeat_s: float = Field(1.0, gt=0, description="seconds between a worker's signs of life")
+    heartbeat_timeout_s: float = Field(
+        120.0, gt=0, description="seconds of silence until a worker is killed and started again"
+    )
+
+    max_batch_size: int = Field(64, ge=1, description="questions of a request at most")
+    max_n_docs: int = Field(100, ge=1, description="documents for a question at most")
+    max_num_beams: int = Field(32, ge=1, description="beams, or sampled answers, of a question at most")
+    max_answer_length: int = Field(512, ge=2, description="tokens of an answer at most, start token counted")
+    max_question_chars: int = Field(32_768, ge=1, description="characters of a question at most")
+    max_queued_questions: int = Field(
+        1024, ge=1, description="questions accepted and not yet answered, before RESOURCE_EXHAUSTED"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> GeneratorSettings:
+        if self.rag_checkpoint is None and self.generator is None:
+            raise ValueError("give --rag-checkpoint, or --generator with --question-encoder")
+        if self.rag_checkpoint is not None and (self.generator or self.question_encoder):
+            raise ValueError("give either --rag-checkpoint or --generator and --question-encoder, not both")
+        return self

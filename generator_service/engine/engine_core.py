@@ -1,0 +1,125 @@
+"""The engine's loop beside the device: step = schedule, execute, report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+
+from generator_service.engine.cache_manager import CacheManager
+from generator_service.engine.messages import Encoded, Failed, Generated, Report, Scored, Stats, Work
+from generator_service.engine.model_runner import ModelRunner, StepOutcome
+from generator_service.engine.request import Request, RequestState
+from generator_service.engine.scheduler import Scheduler, SchedulerLimits
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCore:
+    """Takes requests in, gives reports out; owns scheduler and runner. Not thread-safe: one loop drives it."""
+
+    def __init__(self, runner: ModelRunner, *, cache_budget_bytes: int, limits: SchedulerLimits) -> None:
+        self._runner = runner
+        self._cache = CacheManager(
+            budget_bytes=cache_budget_bytes,
+            bytes_per_context_token=runner.backbone.context_bytes(1),
+            bytes_per_slot=runner.backbone.slot_bytes(),
+        )
+        self._scheduler = Scheduler(self._cache, limits)
+        self._steps = 0
+        self._tokens = 0
+        self._part_s: dict[str, float] = defaultdict(float)
+
+    def add_request(self, work: Work) -> Failed | None:
+        """Queue a request; one that an empty device could not hold is refused at once, with the numbers."""
+        request = Request(work)
+        if not self._cache.can_ever_fit(request):
+            needed, budget = self._cache.required_bytes(request), self._cache.budget_bytes
+            message = (
+                f"the question needs {needed} bytes of cache on the device, which has {budget} in all: ask with fewer"
+                " documents, beams or tokens"
+            )
+            return Failed(request_id=work.request_id, status="INVALID_ARGUMENT", message=message)
+        self._scheduler.add_request(request)
+        return None
+
+    def abort(self, request_id: int) -> None:
+        """The caller has gone; the request's rows are free before the next step."""
+        self._scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self._scheduler.has_work()
+
+    def step(self) -> list[Report]:
+        """One step of everything that runs; what came out of it."""
+        started = time.perf_counter()
+        schedule = self._scheduler.schedule()
+        self._part_s["schedule"] += time.perf_counter() - started
+        reports: list[Report] = [
+            Failed(
+                request_id=r.request_id,
+                status="DEADLINE_EXCEEDED",
+                message="the deadline passed in the engine",
+            )
+            for r in schedule.dropped
+            if r.state is RequestState.FINISHED_EXPIRED
+        ]
+        try:
+            outcome = self._runner.execute(schedule)
+        except Exception:
+            logger.exception("a step failed; its requests are given up")
+            return reports + self._give_up([*schedule.encode, *self._scheduler.running.values()])
+        self._steps += 1
+        self._tokens += outcome.tokens
+        for part, seconds in outcome.part_s.items():
+            self._part_s[part] += seconds
+        return reports + self._reports(outcome)
+
+    def stats(self) -> Stats:
+        """What the engine holds now and has done so far."""
+        return Stats(
+            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            rows=self._scheduler.num_rows,
+            cache_bytes=self._cache.reserved_bytes,
+            cache_budget_bytes=self._cache.budget_bytes,
+            steps=self._steps,
+            step_s=dict(self._part_s),
+            tokens=self._tokens,
+        )
+
+    def _reports(self, outcome: StepOutcome) -> list[Report]:
+        reports: list[Report] = [
+            Encoded(request_id=r.request_id, hidden_states=hidden) for r, hidden in outcome.encoded
+        ]
+        now_s = time.monotonic()
+        for request, hypotheses in outcome.answered:
+            self._scheduler.finish(request, RequestState.FINISHED_ANSWERED)
+            assert request.admitted_s is not None
+            reports.append(
+                Generated(
+                    request_id=request.request_id,
+                    hypotheses=hypotheses,
+                    queue_s=request.admitted_s - request.arrived_s,
+                    generate_s=now_s - request.admitted_s,
+                )
+            )
+        for request, score in outcome.scored:
+            self._scheduler.finish(request, RequestState.FINISHED_ANSWERED)
+            reports.append(Scored(request_id=request.request_id, score=score))
+        return reports
+
+    def _give_up(self, requests: list[Request]) -> list[Report]:
+        reports: list[Report] = []
+        for request in requests:
+            self._runner.forget(request.request_id)
+            self._scheduler.finish(request, RequestState.FINISHED_FAILED)
+            reports.append(
+                Failed(
+                    request_id=request.request_id,
+                    status="UNAVAILABLE",
+                    message="the device failed while it worked on this question; the log has the cause",
+                )
+            )
+        return reports

@@ -1,0 +1,30 @@
+"""What a worker process is told on its command line, as one JSON text."""
+
+from __future__ import annotations
+
+import msgspec
+
+from generator_service.types import ModelSource
+
+
+class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Device, models and limits of one worker. threads 0 takes the cores there are; cache_budget_bytes 0 is automatic."""
+
+    device: str
+    source: ModelSource
+    threads: int
+    cache_budget_bytes: int
+    max_rows: int
+    max_context_tokens: int
+    heartbeat_s: float
+    log_level: str
+    log_format: str
+
+    def to_json(self) -> str:
+        """As text."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> WorkerOptions:
+        """From text."""
+        return msgspec.json.decode(text, type=cls)

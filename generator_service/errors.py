@@ -1,0 +1,74 @@
+"""The generator's own errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rag_serving.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    RagError,
+    ResourceExhaustedError,
+    StartupError,
+    UnavailableError,
+)
+
+if TYPE_CHECKING:
+    from generator_service.engine.messages import Failed
+
+
+class CheckpointError(StartupError):
+    """The checkpoint is missing, damaged or not one that can be served."""
+
+    reason = "CHECKPOINT_UNUSABLE"
+
+
+class WorkerLostError(UnavailableError):
+    """The device's process died or is starting again."""
+
+    reason = "WORKER_LOST"
+
+    def __init__(self, device: str) -> None:
+        super().__init__(f"the worker on {device} is not there; it is being started again", 2.0)
+
+
+class EngineFailureError(UnavailableError):
+    """The device failed in the middle of a question."""
+
+    reason = "ENGINE_FAILURE"
+
+
+class QueueFullError(ResourceExhaustedError):
+    """More questions wait than the service takes."""
+
+    reason = "QUEUE_FULL"
+
+
+class RetrieverUnavailableError(UnavailableError):
+    """The retriever cannot be reached, or says that it is not ready."""
+
+    reason = "RETRIEVER_UNAVAILABLE"
+
+
+class MismatchError(FailedPreconditionError):
+    """The retriever's index was not built for this question encoder or generator."""
+
+    reason = "RETRIEVER_MISMATCH"
+
+
+class NoDocumentsError(FailedPreconditionError):
+    """The index holds no document to answer from."""
+
+    reason = "NO_DOCUMENTS"
+
+
+def error_of(report: Failed) -> RagError:
+    """What a worker's refusal is for the caller."""
+    match report.status:
+        case "INVALID_ARGUMENT":
+            return InvalidArgumentError("generation_config", report.message, reason="TOO_LARGE_FOR_DEVICE")
+        case "DEADLINE_EXCEEDED":
+            return DeadlineExceededError(report.message)
+        case _:
+            return EngineFailureError(report.message, 1.0)

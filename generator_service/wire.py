@@ -1,0 +1,258 @@
+"""rag.generator.v1 messages <-> the service's own types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from generator_service.answerer import AnswerText, QuestionContexts, Questions, Stages
+from generator_service.request_checks import RequestLimits, check_mask
+from generator_service.retrieval_client import RetrievalSettings
+from generator_service.tokenization import TextTokenizer
+from generator_service.types import (
+    Compatibility,
+    EarlyStopping,
+    GenerationSettings,
+    SequenceDecoding,
+    Strategy,
+)
+from rag.generator.v1 import generation_pb2, generator_service_pb2
+from rag_serving import tensor_codec
+from rag_serving.errors import InvalidArgumentError
+from rag_serving.tensor_codec import FLOATS, INTEGERS
+
+STRATEGIES = {
+    generation_pb2.STRATEGY_UNSPECIFIED: None,
+    generation_pb2.STRATEGY_RAG_SEQUENCE: Strategy.RAG_SEQUENCE,
+    generation_pb2.STRATEGY_RAG_TOKEN: Strategy.RAG_TOKEN,
+}
+WIRE_STRATEGIES = {
+    Strategy.RAG_SEQUENCE: generation_pb2.STRATEGY_RAG_SEQUENCE,
+    Strategy.RAG_TOKEN: generation_pb2.STRATEGY_RAG_TOKEN,
+}
+SEQUENCE_DECODINGS = {
+    generation_pb2.SEQUENCE_DECODING_UNSPECIFIED: SequenceDecoding.THOROUGH,
+    generation_pb2.SEQUENCE_DECODING_THOROUGH: SequenceDecoding.THOROUGH,
+    generation_pb2.SEQUENCE_DECODING_FAST: SequenceDecoding.FAST,
+}
+COMPATIBILITIES = {
+    generation_pb2.COMPATIBILITY_UNSPECIFIED: Compatibility.MASKED,
+    generation_pb2.COMPATIBILITY_MASKED: Compatibility.MASKED,
+    generation_pb2.COMPATIBILITY_HF: Compatibility.HF,
+}
+WIRE_COMPATIBILITIES = {
+    Compatibility.MASKED: generation_pb2.COMPATIBILITY_MASKED,
+    Compatibility.HF: generation_pb2.COMPATIBILITY_HF,
+}
+EARLY_STOPPINGS = {
+    generation_pb2.EARLY_STOPPING_UNSPECIFIED: None,
+    generation_pb2.EARLY_STOPPING_HEURISTIC: EarlyStopping.HEURISTIC,
+    generation_pb2.EARLY_STOPPING_FIRST_COMPLETE: EarlyStopping.FIRST_COMPLETE,
+    generation_pb2.EARLY_STOPPING_NEVER: EarlyStopping.NEVER,
+}
+WIRE_EARLY_STOPPINGS = {
+    EarlyStopping.HEURISTIC: generation_pb2.EARLY_STOPPING_HEURISTIC,
+    EarlyStopping.FIRST_COMPLETE: generation_pb2.EARLY_STOPPING_FIRST_COMPLETE,
+    EarlyStopping.NEVER: generation_pb2.EARLY_STOPPING_NEVER,
+}
+_SEQUENCE_LISTS = ("bad_words_ids", "allowed_sequences")
+_TOKEN_LISTS = ("eos_token_ids", "suppress_tokens", "begin_suppress_tokens")
+
+
+def read_enum(values: Mapping[Any, Any], number: int, field: str) -> Any:
+    """An enum's meaning. Raises InvalidArgumentError for a number that it does not have."""
+    if number not in values:
+        raise InvalidArgumentError(field, "is not a value of its enum", number)
+    return values[number]
+
+
+def read_given(config: generation_pb2.GenerationConfig) -> dict[str, Any]:
+    """The generation arguments that a request sets, by name; token lists as tuples."""
+    given: dict[str, Any] = {}
+    for descriptor, value in config.ListFields():
+        name = descriptor.name
+        if name == "early_stopping":
+            given[name] = read_enum(EARLY_STOPPINGS, value, "generation_config.early_stopping")
+        elif name in _SEQUENCE_LISTS:
+            given[name] = tuple(tuple(sequence.token_ids) for sequence in value)
+        elif name in _TOKEN_LISTS:
+            given[name] = tuple(value)
+        elif name != "seed":
+            given[name] = value
+    return given
+
+
+def read_retrieval(
+    config: generation_pb2.RetrievalConfig, default_n_docs: int, limits: RequestLimits
+) -> RetrievalSettings:
+    """Retrieval arguments; the retriever checks those that are its own."""
+    n_docs = config.n_docs if config.n_docs != 0 else default_n_docs
+    limits.check_n_docs(n_docs, "retrieval_config.n_docs")
+    for name in ("nprobe", "ef_search", "max_combined_length"):
+        if getattr(config, name) < 0:
+            raise InvalidArgumentError(
+                f"retrieval_config.{name}", "must not be negative", getattr(config, name)
+            )
+    if limits.max_positions is not None and config.max_combined_length > limits.max_positions:
+        raise InvalidArgumentError(
+            "retrieval_config.max_combined_length",
+            f"the generator has {limits.max_positions} positions",
+            config.max_combined_length,
+        )
+    return RetrievalSettings(
+        n_docs=n_docs,
+        prefix=config.prefix if config.HasField("prefix") else None,
+        nprobe=config.nprobe,
+        ef_search=config.ef_search,
+        max_combined_length=config.max_combined_length,
+        truncate_question_last=config.truncate_question_last,
+    )
+
+
+def read_question_texts(texts: Sequence[str], tokenizer: TextTokenizer, limits: RequestLimits) -> Questions:
+    """Questions given as text."""
+    limits.check_texts(texts, "question_texts.texts")
+    ids = tokenizer.encode(texts)
+    limits.check_question_lengths(ids, "question_texts.texts")
+    return Questions(ids, [[1] * len(row) for row in ids], list(texts))
+
+
+def read_question_tokens(tokens: generation_pb2.QuestionTokens, limits: RequestLimits) -> Questions:
+    """Questions given as token ids: rows lose the pads that their masks mark on the right."""
+    ids = tensor_codec.decode(
+        tokens.input_ids, "question_tokens.input_ids", dtypes=INTEGERS, ndim=2, widen=True
+    )
+    limits.check_question_ids(ids, "question_tokens.input_ids")
+    mask = np.ones_like(ids)
+    if tokens.HasField("attention_mask"):
+        mask = tensor_codec.decode(
+            tokens.attention_mask, "question_tokens.attention_mask", dtypes=INTEGERS, ndim=2, widen=True
+        )
+        if mask.shape != ids.shape:
+            raise InvalidArgumentError(
+                "question_tokens.attention_mask", f"must have the shape {list(ids.shape)}", list(mask.shape)
+            )
+    lengths = check_mask(mask, "question_tokens.attention_mask")
+    rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    return Questions(rows, [[1] * len(row) for row in rows], None)
+
+
+def read_contexts(contexts: generation_pb2.Contexts, limits: RequestLimits) -> list[QuestionContexts]:
+    """Contexts that the caller retrieved itself."""
+    ids = tensor_codec.decode(
+        contexts.context_input_ids, "contexts.context_input_ids", dtypes=INTEGERS, ndim=2, widen=True
+    )
+    mask = tensor_codec.decode(
+        contexts.context_attention_mask,
+        "contexts.context_attention_mask",
+        dtypes=INTEGERS,
+        ndim=2,
+        widen=True,
+    )
+    scores = tensor_codec.decode(
+        contexts.doc_scores, "contexts.doc_scores", dtypes=FLOATS, ndim=2, widen=True
+    )
+    limits.check_contexts(ids, mask, scores)
+    n_docs, lengths = scores.shape[1], mask.sum(axis=1)
+    found = []
+    for index, row in enumerate(scores):
+        present = [d for d in range(n_docs) if np.isfinite(row[d])]
+        places = [index * n_docs + d for d in present]
+        found.append(
+            QuestionContexts(
+                contexts=[ids[p, : lengths[p]].tolist() for p in places],
+                padded_contexts=[ids[p].tolist() for p in places],
+                doc_scores=[float(row[d]) for d in present],
+                documents=[],
+                present=present,
+                n_docs=n_docs,
+            )
+        )
+    return found
+
+
+def write_answers(
+    questions: Sequence[QuestionContexts], answers: Sequence[Sequence[AnswerText]], *, include_documents: bool
+) -> Iterable[generation_pb2.Answer]:
+    """One message a question."""
+    for question, texts in zip(questions, answers, strict=True):
+        yield generation_pb2.Answer(
+            hypotheses=[_write_hypothesis(text) for text in texts],
+            documents=_write_documents(question) if include_documents else [],
+            n_docs=question.n_docs,
+        )
+
+
+def write_usage(
+    questions: Questions | None, contexts: Sequence[QuestionContexts], answers: Sequence[Sequence[AnswerText]]
+) -> generation_pb2.Usage:
+    """Tokens processed."""
+    return generation_pb2.Usage(
+        question_tokens=0 if questions is None else sum(len(ids) for ids in questions.input_ids),
+        context_tokens=sum(len(c) for question in contexts for c in question.contexts),
+        generated_tokens=sum(len(a.hypothesis.token_ids) - 1 for texts in answers for a in texts),
+    )
+
+
+def write_timings(stages: Stages) -> generation_pb2.Timings:
+    """Seconds of each stage."""
+    return generation_pb2.Timings(
+        encode_s=stages.encode_s,
+        retrieve_s=stages.retrieve_s,
+        queue_s=stages.queue_s,
+        generate_s=stages.generate_s,
+        total_s=stages.total_s,
+    )
+
+
+def write_generation_config(settings: GenerationSettings) -> generation_pb2.GenerationConfig:
+    """Resolved settings as the arguments that would ask for them."""
+    sequences = [generation_pb2.TokenSequence(token_ids=word) for word in settings.bad_words_ids]
+    config = generation_pb2.GenerationConfig(bad_words_ids=sequences)
+    for name in settings.__struct_fields__:
+        value = getattr(settings, name)
+        if name in (*_TOKEN_LISTS,):
+            getattr(config, name).extend(value)
+        elif name == "early_stopping":
+            config.early_stopping = WIRE_EARLY_STOPPINGS[value]
+        elif value is not None and name not in _SEQUENCE_LISTS and name != "seed":
+            setattr(config, name, value)
+    return config
+
+
+def read_labels(request: generator_service_pb2.ScoreRequest) -> npt.NDArray[np.int64]:
+    """Targets given as token ids, int64 [batch, length]."""
+    return tensor_codec.decode(request.labels, "labels", dtypes=INTEGERS, ndim=2, widen=True)
+
+
+def _write_hypothesis(answer: AnswerText) -> generation_pb2.Hypothesis:
+    hypothesis, span = answer.hypothesis, answer.span
+    return generation_pb2.Hypothesis(
+        token_ids=hypothesis.token_ids,
+        text=answer.text,
+        score=hypothesis.score,
+        log_likelihood=hypothesis.log_likelihood,
+        document_posterior=hypothesis.document_posterior,
+        span=None
+        if span is None
+        else generation_pb2.AnswerSpan(
+            document=span.document, start=span.start, end=span.end, text=span.text
+        ),
+    )
+
+
+def _write_documents(question: QuestionContexts) -> list[generation_pb2.RetrievedDocument]:
+    if not question.documents:
+        return []
+    scores = np.array(question.doc_scores, dtype=np.float64)
+    prior = np.exp(scores - scores.max())
+    prior /= prior.sum()
+    return [
+        generation_pb2.RetrievedDocument(
+            key=d.key, row=d.row, title=d.title, text=d.text, doc_score=score, prior=share
+        )
+        for d, score, share in zip(question.documents, question.doc_scores, prior.tolist(), strict=True)
+    ]
