@@ -99,14 +99,17 @@ class Search:
 
     def processed(self, scores: Tensor, input_ids: Tensor) -> Tensor:
         """scores [rows, vocab] after the processors and warpers; input_ids [rows, cur_len]."""
-        for processor in (*self.processors, *self.warpers):
+        for processor in self.processors:
             scores = processor(input_ids, scores)
-        return scores
+        if self.processors and not self.key.beam:
+            scores = self._or_end(scores)
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        # a beam with no token left is dead; warpers make nan of it
+        return scores.masked_fill(scores.isnan(), float("-inf")) if self.warpers else scores
 
-    def or_end(self, scores: Tensor) -> Tensor:
+    def _or_end(self, scores: Tensor) -> Tensor:
         """scores [rows, vocab], but the end token alone in rows where the processors have left no token."""
-        if not self.processors:
-            return scores
         end = torch.full_like(scores[:1], float("-inf"))
         end[:, list(self.settings.eos_token_ids or (self.settings.pad_token_id,))] = 0.0
         return torch.where(scores.isneginf().all(dim=1, keepdim=True), end, scores)

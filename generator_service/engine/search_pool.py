@@ -180,7 +180,7 @@ class SearchPool:
             return torch.full((self.key.width,), search.forced_token, device=input_ids.device)
         # transformers processes RAG-Sequence's raw logits here, but RAG-Token's log-probabilities, mixed or not
         mixed = self._mixture(search, scores) if search.is_rag_token else scores.logits[0]
-        processed = search.or_end(search.processed(mixed, input_ids))
+        processed = search.processed(mixed, input_ids)
         if search.random is not None:
             return sampling.draw_tokens(processed, search.random)
         return processed.argmax(dim=-1)
