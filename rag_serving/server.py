@@ -26,6 +26,8 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # Seconds in which those who watch the health get to read NOT_SERVING before the connection closes.
 _WATCHERS_HEAR_S = 0.1
+# Seconds that connections without a running RPC get to close in.
+_CONNECTIONS_CLOSE_S = 0.3
 
 
 class GrpcServer:
@@ -103,7 +105,10 @@ class GrpcServer:
         idle = asyncio.create_task(self._in_flight.wait_idle())
         await asyncio.wait({draining, idle}, return_when=asyncio.FIRST_COMPLETED)
         idle.cancel()
-        await self.registrar.stop(None)
+        # Connections close by themselves now, except where a health watch or a reflection stream is open.
+        await asyncio.wait({draining}, timeout=_CONNECTIONS_CLOSE_S)
+        if not draining.done():
+            await self.registrar.stop(None)
         await draining
 
     def _on_readiness(self, _ready: bool) -> None:

@@ -27,7 +27,9 @@ def text_in(data: bytes) -> str:
     return data.decode()
 
 
-def add_methods(registrar: Any, unary: dict[str, Unary], stream: dict[str, Stream]) -> None:
+def add_methods(
+    registrar: Any, unary: dict[str, Unary], stream: dict[str, Stream], extra: dict[str, Any] | None = None
+) -> None:
     def with_context(function: Any) -> Any:
         async def answer(request: str, context: Any) -> str:
             return await function(request)
@@ -51,6 +53,7 @@ def add_methods(registrar: Any, unary: dict[str, Unary], stream: dict[str, Strea
             name: grpc.unary_stream_rpc_method_handler(stream_with_context(function), **codecs)
             for name, function in stream.items()
         },
+        **(extra or {}),
     }
     registrar.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
 
@@ -84,6 +87,7 @@ class Echo:
 async def serving(
     unary: dict[str, Unary] | None = None,
     stream: dict[str, Stream] | None = None,
+    extra: dict[str, Any] | None = None,
     retry: RetryPolicy | None = None,
     health_service: str | None = None,
     **settings: Any,
@@ -93,7 +97,7 @@ async def serving(
     server = GrpcServer(
         ServiceSettings(**settings), service_names=[SERVICE], readiness=readiness, metrics=metrics
     )
-    add_methods(server.registrar, unary or {}, stream or {})
+    add_methods(server.registrar, unary or {}, stream or {}, extra)
     await server.start()
     channel = open_channel(f"127.0.0.1:{server.port}", retry=retry, health_service=health_service)
     try:

@@ -234,6 +234,41 @@ async def test_metrics_count_by_method_and_code_and_know_what_runs() -> None:
         assert pair.sample("rpc_duration_seconds_count", method=f"/{SERVICE}/Hold") == 1
 
 
+@pytest.mark.parametrize("kind", ["stream_unary", "stream_stream", "unary_stream"])
+async def test_all_kinds_of_methods_are_surrounded(kind: str) -> None:
+    """One handler of each kind fails after its first answer; handlers may also write for themselves."""
+
+    async def joined(requests: Any, context: Any) -> bytes:
+        assert b"".join([item async for item in requests]) == b"ab"
+        raise errors.NotFoundError("none")
+
+    async def echoed(requests: Any, context: Any) -> AsyncIterator[bytes]:
+        async for item in requests:
+            yield item
+        raise errors.NotFoundError("none")
+
+    async def written(request: bytes, context: Any) -> None:
+        await context.write(request)
+        raise errors.NotFoundError("none")
+
+    made: Any = getattr(grpc, f"{kind}_rpc_method_handler")
+    handler = made({"stream_unary": joined, "stream_stream": echoed, "unary_stream": written}[kind])
+    async with serving(extra={"Method": handler}) as pair:
+        multi: Any = getattr(pair.channel, kind)(f"/{SERVICE}/Method")
+        call = multi(iter([b"a", b"b"]) if kind.startswith("stream") else b"ab")
+        read = []
+
+        async def drain() -> None:
+            async for item in call:
+                read.append(item)  # noqa: PERF401  (the items before the error matter)
+
+        seen = await failure(call if kind == "stream_unary" else drain())
+        assert seen.code() is grpc.StatusCode.NOT_FOUND
+        assert detail(seen, error_details_pb2.ErrorInfo).reason == "NOT_FOUND"
+        assert b"".join(read) == (b"" if kind == "stream_unary" else b"ab")
+        assert pair.sample("rpcs_total", method=f"/{SERVICE}/Method", code="NOT_FOUND") == 1
+
+
 async def test_request_id_of_the_caller_is_kept_and_returned() -> None:
     async def current(text: str) -> str:
         return request_id.get()
