@@ -30,7 +30,7 @@ venv: $(VENV_STAMP) ## create .venv with the locked dependencies (TORCH_INDEX_UR
 $(VENV_STAMP): pyproject.toml constraints.txt setup.py
 	$(call say,"creating $(VENV) with $(PYTHON)")
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {sys.version.split()[0]}: set PYTHON=…")'
-	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV) || { echo "no venv module: on Debian or Ubuntu, apt install python3.11-venv"; exit 1; }
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV) || { echo "no venv module: on Debian or Ubuntu, apt install python3.11-venv"; exit 1; }
 	$(call say,"installing torch $(TORCH_VERSION)")
 	@$(BIN)/python -m pip install --progress-bar on -c constraints.txt $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") "torch==$(TORCH_VERSION)"
 	$(call say,"installing ragpair[$(EXTRAS)] with the versions of constraints.txt")
