@@ -83,8 +83,11 @@ def assemble(output: Path, generator_dir: Path = GENERATOR_DIR, encoder_dir: Pat
     """Build the checkpoint folder `output` and return its path.
 
     The folder is written beside its place and renamed into it, so it is whole or absent; an older
-    one is replaced. The same inputs give the same bytes.
+    one is replaced. The same inputs give the same bytes. Raises FileNotFoundError where a part is missing.
     """
+    for part in (generator_dir, encoder_dir):
+        if not (part / "model.safetensors").is_file():
+            raise FileNotFoundError(f"{part} holds no model.safetensors: is it checked out whole?")
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:

@@ -51,14 +51,12 @@ class Answerer:
         kinds = {"RAG_TOKEN": RagTokenForGeneration, "RAG_SEQUENCE": RagSequenceForGeneration}
         if not hasattr(RagSequenceForGeneration, "generation_config"):
             RagSequenceForGeneration.generation_config = None  # type: ignore[assignment]
-        self.strategy, self.n_docs, self.score_scale, self.num_beams = (
-            strategy,
-            n_docs,
-            score_scale,
-            num_beams,
-        )
+        self.strategy = strategy
+        self.n_docs = n_docs
+        self.score_scale = score_scale
+        self.num_beams = num_beams
         self.model: Any = kinds[strategy].from_pretrained(folder, dtype=torch.float32)
-        self.model.eval()
+        self.model.train(False)
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "generator_tokenizer")
         self.passages = read_lines(DEMO / "corpus.jsonl")
         self.encoder = Encoder()

@@ -65,7 +65,7 @@ class Mixture:
         self.excluded_questions = excluded_questions
         self.pool_size = pool_size
         self.pool: list[Tokens] = []
-        self.eos = int(tokenizer.convert_tokens_to_ids("[SEP]"))
+        self.eos = int(tokenizer("")["input_ids"][-1])  # [SEP] ends every text
 
     def fill(self) -> None:
         """Fill the pool and sort it by length."""

@@ -23,9 +23,9 @@ CLOSE_TO_PREVIOUS = {",", *listed(". ,; ,: ,? ,! ,) ,] ,} ,%,'s,'S,n't,'re,'ve,'
 CLOSE_TO_NEXT = ("-LRB-", "-LSB-", "``", "$", "£", "€", "#")
 STOP_WORDS = {
     *listed(
-        "the, a, an, of, in, on, at, to, and, or, is, was, were, are, be, by, for, with, that, which, as, from"
+        "the, a, an, of, in, on, at, to, and, or, is, was, were, are, be, by, for, with, that, which, as"
     ),
-    *listed("his, her, its, their, it, he, she, they, this, these, had, has, have"),
+    *listed("from, his, her, its, their, it, he, she, they, this, these, had, has, have"),
 }
 MAX_ANSWER_WORDS = 12
 MIN_AGREEMENT = 0.5

@@ -1,8 +1,8 @@
 """Synthetic encyclopedic passages about invented things, with questions: the tables are facts/*.txt.
 
 A table starts with "@ kind name [the] | pronouns", lists its slots as ": slot=value kind ...", its sentences
-as "- ...", and its questions as "? slot asked for | wording | wording ...". {e} in a sentence is the name of the
-thing, {s} its name or a pronoun, and {slot} a value. The slot "e" asks for the thing itself.
+as "- ...", and its questions as "? slot asked for | wording | wording ...". {e} in a sentence is the name of
+the thing, {s} its name or a pronoun, and {slot} a value. The slot "e" asks for the thing itself.
 """
 
 import random
