@@ -20,7 +20,7 @@ from rag_client.types import (
 )
 
 _BAR_CELLS = 10
-_EXCERPT_CHARS = 76
+_EXCERPT_CHARS = 60
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -115,6 +115,10 @@ def share_bar(share: float) -> Text:
 def _quote(span: AnswerSpan, document: RetrievedDocument) -> Text:
     room = max(_EXCERPT_CHARS - (span.end - span.start), 0) // 2
     start, end = max(span.start - room, 0), min(span.end + room, len(document.text))
+    if start > 0:  # at the beginning of a word
+        start = min(document.text.find(" ", start, span.start) + 1 or start, span.start)
+    if end < len(document.text):  # at the end of one
+        end = max(document.text.rfind(" ", span.end, end), span.end)
     quote = Text(style="italic")
     quote.append("…" if start > 0 else "")
     quote.append(document.text[start : span.start])
