@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters start to end (one past the last) of a document's text."""
+    """Characters start to end (one past the last) of a document's text, or of its title."""
 
     document: int
     start: int
     end: int
     text: str
+    in_title: bool = False
 
 
-def find(answer: str, texts: Sequence[str], posterior: Sequence[float]) -> Span | None:
+def find(answer: str, texts: Sequence[str], titles: Sequence[str], posterior: Sequence[float]) -> Span | None:
     """The answer in the likeliest document that holds it, at word boundaries; None where none does."""
     if not answer:
         return None
     order = sorted(range(len(texts)), key=lambda d: -posterior[d])
+    span = _find_in(answer, texts, order)
+    if span is None:
+        span = _find_in(answer, titles, order)
+        return None if span is None else replace(span, in_title=True)
+    return span
+
+
+def _find_in(answer: str, texts: Sequence[str], order: Sequence[int]) -> Span | None:
     for document in order:
         text = texts[document]
         start = _bounded(text, answer)

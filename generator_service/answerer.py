@@ -221,10 +221,11 @@ class Answerer:
     def texts(self, question: QuestionContexts, hypotheses: Sequence[Hypothesis]) -> list[AnswerText]:
         """Hypotheses as text, found again in the question's documents."""
         bodies = [document.text for document in question.documents]
+        titles = [document.title for document in question.documents]
         out = []
         for hypothesis in hypotheses:
             text = self._tokenizer.decode(hypothesis.token_ids)
-            span = answer_span.find(text, bodies, hypothesis.document_posterior) if bodies else None
+            span = answer_span.find(text, bodies, titles, hypothesis.document_posterior)
             out.append(AnswerText(hypothesis, text, span))
         return out
 

@@ -113,7 +113,7 @@ class RetrievalClient:
                 raise MismatchError(
                     f"{what}: the retriever at {self.address} has {theirs}, this generator needs {ours}"
                 )
-        if index.metric != document_pb2.METRIC_INNER_PRODUCT and index.metric != document_pb2.METRIC_L2:
+        if index.metric not in {document_pb2.METRIC_INNER_PRODUCT, document_pb2.METRIC_L2}:
             raise MismatchError(
                 f"metric: the retriever at {self.address} has none that is known: {index.metric}"
             )

@@ -54,7 +54,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         self, request: generator_service_pb2.EncodeQuestionsRequest, _context: Context
     ) -> generator_service_pb2.EncodeQuestionsResponse:
         """Encodes questions into the retriever's space."""
-        questions = self._read_questions(request, "question")
+        questions = self._read_questions(request, "question", request.WhichOneof("question"))
         hidden = await self._answerer.encode(questions, Stages())
         width = max(len(row) for row in questions.input_ids)
         ids = np.zeros((len(questions.input_ids), width), dtype=np.int64)
@@ -194,7 +194,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         if request.WhichOneof("input") == "contexts":
             return None, wire.read_contexts(request.contexts, self._limits)
         settings = wire.read_retrieval(request.retrieval_config, self._model.default_n_docs, self._limits)
-        questions = self._read_questions(request, "input")
+        questions = self._read_questions(request, "input", request.WhichOneof("input"))
         contexts = await self._answerer.retrieve(questions, settings, stages, pad_token_id=pad_token_id)
         longest = max(len(c) for q in contexts for c in (q.padded_contexts or q.contexts))
         if self._limits.max_positions is not None and longest > self._limits.max_positions:
@@ -211,12 +211,12 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         | generator_service_pb2.ScoreRequest
         | generator_service_pb2.EncodeQuestionsRequest,
         oneof: str,
+        which: str | None,
     ) -> Questions:
         if self._limits.question_max_length == 0:
             raise FailedPreconditionError(
                 "this generator has no question encoder: send contexts", reason="NO_ENCODER"
             )
-        which = request.WhichOneof(oneof)  # type: ignore[arg-type]  # one of two names, by the request's type
         if which == "question_texts":
             return wire.read_question_texts(
                 request.question_texts.texts, self._question_tokenizer, self._limits

@@ -239,7 +239,7 @@ def _write_hypothesis(answer: AnswerText) -> generation_pb2.Hypothesis:
         span=None
         if span is None
         else generation_pb2.AnswerSpan(
-            document=span.document, start=span.start, end=span.end, text=span.text
+            document=span.document, start=span.start, end=span.end, text=span.text, in_title=span.in_title
         ),
     )
 

@@ -57,7 +57,7 @@ def start(settings: GenerationSettings, num_docs: int, device: torch.device) -> 
     running_scores[:, 0] = 0.0
     history = torch.zeros((1, beams, length, num_docs), device=device)
 
-    def scalar(value: float | int | bool, dtype: torch.dtype) -> Tensor:
+    def scalar(value: float | bool, dtype: torch.dtype) -> Tensor:
         return torch.tensor([value], dtype=dtype, device=device)
 
     return BeamState(

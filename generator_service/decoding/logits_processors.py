@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
     EpsilonLogitsWarper,
@@ -44,9 +45,9 @@ class EncoderRepetitionPenalty:
 
     def __init__(self, penalty: float, context_token_ids: Tensor) -> None:
         self._penalty = 1 / penalty
-        self._ids = context_token_ids.unique()
+        self._ids = torch.unique(context_token_ids)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
         """Divide positive and multiply negative scores of the contexts' tokens."""
         chosen = scores[:, self._ids]
         chosen = torch.where(chosen < 0, chosen * self._penalty, chosen / self._penalty)
@@ -64,7 +65,7 @@ class AllowedSequences:
                 node = node.setdefault(token, {})
         self._end = list(eos_token_ids)
 
-    def __call__(self, batch_id: int, input_ids: Tensor) -> list[int]:
+    def __call__(self, _batch_id: int, input_ids: Tensor) -> list[int]:
         """prefix_allowed_tokens_fn of transformers: input_ids begin with the start token."""
         node = self._root
         for token in input_ids[_PROMPT_LENGTH:].tolist():
@@ -87,7 +88,9 @@ def build(settings: GenerationSettings, contexts: Sequence[Tensor], device: torc
         processors.append(NoRepeatNGramLogitsProcessor(s.no_repeat_ngram_size))
     if s.encoder_no_repeat_ngram_size > 0:
         size = s.encoder_no_repeat_ngram_size
-        processors.extend(EncoderNoRepeatNGramLogitsProcessor(size, c[None]) for c in contexts)
+        processors.extend(
+            EncoderNoRepeatNGramLogitsProcessor(size, cast(LongTensor, c[None])) for c in contexts
+        )
     if s.bad_words_ids:
         words = [list(word) for word in s.bad_words_ids]
         processors.append(NoBadWordsLogitsProcessor(words, eos if s.eos_token_ids else None))
@@ -134,7 +137,7 @@ def build_warpers(settings: GenerationSettings, device: torch.device) -> list[Pr
         if s.top_p < 1.0:
             warpers.append(TopPLogitsWarper(s.top_p, min_tokens_to_keep=keep))
         if s.min_p > 0.0:
-            warpers.append(MinPLogitsWarper(s.min_p, min_tokens_to_keep=keep))
+            warpers.append(cast(Processor, MinPLogitsWarper(s.min_p, min_tokens_to_keep=keep)))
         if s.typical_p < 1.0:
             warpers.append(TypicalLogitsWarper(s.typical_p, min_tokens_to_keep=keep))
         if s.epsilon_cutoff > 0.0:

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from generator_service.engine.messages import (
-    EncodeQuestion,
     Encoded,
+    EncodeQuestion,
     GenerateAnswer,
     Generated,
     Ready,

@@ -105,7 +105,8 @@ class ModelRunner:
         work = request.work
         assert isinstance(work, GenerateAnswer | ScoreTarget)
         if request.attends_pads:
-            assert isinstance(work, GenerateAnswer) and work.padded_contexts is not None
+            assert isinstance(work, GenerateAnswer)
+            assert work.padded_contexts is not None
             return work.contexts + work.padded_contexts
         return work.contexts
 
@@ -145,7 +146,7 @@ class ModelRunner:
         blocks += [c.block for c in candidates] + [t.block for t in targets]
         if blocks:
             states = self.backbone.decode(RowBatch(blocks))
-            parts = iter(states.split([b.num_rows for b in blocks]))
+            parts = iter(torch.split(states, [b.num_rows for b in blocks]))
         else:
             parts = iter(())
         decoded = time.perf_counter()
@@ -186,7 +187,7 @@ class ModelRunner:
             end = start + x.shape[0]
             docs = pool.key.num_docs
             scores.append(
-                StepScores(logits[start:end].unflatten(0, (docs, -1)), lse[start:end].view(docs, -1))
+                StepScores(logits[start:end].view(docs, -1, logits.shape[1]), lse[start:end].view(docs, -1))
             )
             start = end
         return scores

@@ -75,7 +75,8 @@ class Request:
             return []
         lengths = [len(c) for c in self.work.contexts]
         if self.attends_pads:
-            assert isinstance(self.work, GenerateAnswer) and self.work.padded_contexts is not None
+            assert isinstance(self.work, GenerateAnswer)
+            assert self.work.padded_contexts is not None
             lengths += [len(c) for c in self.work.padded_contexts]
         return lengths
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -148,7 +149,8 @@ class SearchPool:
     @staticmethod
     def _mixture(search: Search, scores: StepScores) -> Tensor:
         """log p(token | prefix) of each row [rows, vocab]: of its document, or marginalised."""
-        assert scores.logits is not None and scores.lse is not None
+        assert scores.logits is not None
+        assert scores.lse is not None
         log_probs = scores.logits - scores.lse[:, :, None]
         if log_probs.shape[0] == 1:
             return log_probs[0]
@@ -177,7 +179,7 @@ class SearchPool:
     def _next_tokens(self, search: Search, scores: StepScores, input_ids: Tensor) -> Tensor:
         """int64 [chains]."""
         if scores.logits is None:
-            return torch.full((self.key.width,), search.forced_token, device=input_ids.device)
+            return torch.full((self.key.width,), cast(int, search.forced_token), device=input_ids.device)
         # transformers processes RAG-Sequence's raw logits here, but RAG-Token's log-probabilities, mixed or not
         mixed = self._mixture(search, scores) if search.is_rag_token else scores.logits[0]
         processed = search.processed(mixed, input_ids)

@@ -155,8 +155,10 @@ class Worker:
                 future.set_result(report)
 
     async def _watch(self) -> None:
-        while time.monotonic() - self._heard_s < self._heartbeat_timeout_s:
-            await asyncio.sleep(self._heartbeat_timeout_s / 10)
+        silence_s = 0.0
+        while silence_s < self._heartbeat_timeout_s:
+            await asyncio.sleep(self._heartbeat_timeout_s - silence_s)
+            silence_s = time.monotonic() - self._heard_s
         logger.error("no heartbeat: the worker is killed", extra={"device": self.device})
         assert self._process is not None
         self._process.kill()

@@ -8,7 +8,7 @@ from generator_service.types import ModelSource
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Device, models and limits of one worker. threads 0 takes the cores there are; cache_budget_bytes 0 is automatic."""
+    """Device, models and limits of one worker; 0 threads are every core, a budget of 0 bytes is automatic."""
 
     device: str
     source: ModelSource

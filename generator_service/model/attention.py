@@ -19,7 +19,7 @@ def encoder_attention(
     qkv [tokens, 3 * inner], lengths of the contexts in it, bias [1, heads, longest, longest] or None;
     returns [tokens, inner].
     """
-    query, key, value = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in qkv.chunk(3, dim=-1))
+    query, key, value = (part.view(part.shape[0], heads, -1).transpose(0, 1) for part in qkv.chunk(3, dim=-1))
     out = torch.empty_like(qkv[:, : qkv.shape[1] // 3])
     start = 0
     for length in lengths:
@@ -48,7 +48,7 @@ def self_attention(
 ) -> Tensor:
     """Attention of rows to their ancestors; writes the rows' keys and values into the caches.
 
-    qkv [rows, 3 * inner]; masks are additive [1, heads or 1, block rows, slots] a block, or None; returns [rows, inner].
+    qkv [rows, 3 * inner]; masks are additive [1, heads or 1, rows, slots] a block, or None; returns [rows, inner].
     """
     inner = qkv.shape[1] // 3
     out = torch.empty_like(qkv[:, :inner])
@@ -69,7 +69,7 @@ def cross_attention(query: Tensor, batch: RowBatch, layer: int, heads: int, *, s
         for index, context in enumerate(block.contexts):
             assert context.cross is not None
             low = start + index * rows
-            part = query[low : low + rows].unflatten(-1, (heads, -1)).transpose(0, 1)[None]
+            part = query[low : low + rows].view(rows, heads, -1).transpose(0, 1)[None]
             keys, values = context.cross[2 * layer][None], context.cross[2 * layer + 1][None]
             attended = F.scaled_dot_product_attention(part, keys, values, scale=scale)
             out[low : low + rows] = attended[0].transpose(0, 1).flatten(1)
@@ -97,5 +97,5 @@ def concatenated(*linears: torch.nn.Linear) -> torch.nn.Linear:
 
 def cross_states(projected: Tensor, lengths: Sequence[int], num_layers: int, heads: int) -> list[Tensor]:
     """Split packed key/value projections [tokens, 2 * layers * inner] into [2 * layers, heads, length, head_dim]."""
-    parts = projected.split(list(lengths))
+    parts = torch.split(projected, list(lengths))
     return [p.view(p.shape[0], 2 * num_layers, heads, -1).permute(1, 2, 0, 3).contiguous() for p in parts]

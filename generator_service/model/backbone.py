@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from generator_service.model.kv_cache import ContextStates, SelfCache
 
@@ -84,3 +84,31 @@ class Backbone(Protocol):
 
     def slot_bytes(self) -> int:
         """Bytes that one decoded row of one context holds."""
+
+
+class AttentionBackbone(nn.Module):
+    """What our own decoders share: caches of keys and values, and their sizes. Subclasses set the attributes."""
+
+    num_layers: int
+    heads: int
+    head_dim: int
+    embedding: nn.Parameter
+
+    def new_cache(self, num_contexts: int) -> SelfCache:
+        """As Backbone.new_cache."""
+        return SelfCache(
+            num_layers=self.num_layers,
+            num_contexts=num_contexts,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            dtype=self.embedding.dtype,
+            device=self.embedding.device,
+        )
+
+    def context_bytes(self, length: int) -> int:
+        """As Backbone.context_bytes."""
+        return length * self.slot_bytes()
+
+    def slot_bytes(self) -> int:
+        """As Backbone.slot_bytes: a key and a value in every layer."""
+        return 2 * self.num_layers * self.heads * self.head_dim * int(self.embedding.element_size())

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from generator_service.model import attention
-from generator_service.model.backbone import RowBatch
-from generator_service.model.kv_cache import ContextStates, SelfCache
+from generator_service.model.backbone import AttentionBackbone, RowBatch
+from generator_service.model.kv_cache import ContextStates
 
 
 class _FeedForward(nn.Module):
@@ -64,7 +64,7 @@ class _DecoderLayer(nn.Module):
         return cast(Tensor, self.feed_forward(hidden))
 
 
-class BartBackbone(nn.Module):
+class BartBackbone(AttentionBackbone):
     """transformers' BartForConditionalGeneration, whose weights it takes over."""
 
     name = "bart"
@@ -104,6 +104,7 @@ class BartBackbone(nn.Module):
         self.head_bias = model.final_logits_bias[0].to(self.head.dtype)
 
     def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
+        """As Backbone.encode."""
         lengths = [int(c.shape[0]) for c in contexts]
         positions = torch.cat([self.encoder_positions[self.offset : self.offset + n] for n in lengths])
         hidden = self.encoder_norm(
@@ -116,17 +117,8 @@ class BartBackbone(nn.Module):
         )
         return [ContextStates(n, cross, None) for n, cross in zip(lengths, projected, strict=True)]
 
-    def new_cache(self, num_contexts: int) -> SelfCache:
-        return SelfCache(
-            num_layers=self.num_layers,
-            num_contexts=num_contexts,
-            heads=self.heads,
-            head_dim=self.head_dim,
-            dtype=self.embedding.dtype,
-            device=self.embedding.device,
-        )
-
     def decode(self, batch: RowBatch) -> Tensor:
+        """As Backbone.decode."""
         positions = F.embedding(batch.positions() + self.offset, self.decoder_positions)
         hidden = self.decoder_norm(F.embedding(batch.token_ids(), self.embedding) * self.scale + positions)
         masks = [attention.ancestry_mask(block.ancestry, hidden.dtype) for block in batch.blocks]
@@ -135,10 +127,5 @@ class BartBackbone(nn.Module):
         return cast(Tensor, hidden)
 
     def logits(self, states: Tensor) -> Tensor:
+        """As Backbone.logits."""
         return F.linear(states, self.head, self.head_bias).float()
-
-    def context_bytes(self, length: int) -> int:
-        return length * 2 * self.num_layers * self.heads * self.head_dim * self.embedding.element_size()
-
-    def slot_bytes(self) -> int:
-        return 2 * self.num_layers * self.heads * self.head_dim * self.embedding.element_size()

@@ -26,6 +26,7 @@ class GeneralBackbone(nn.Module):
         self.d_model = int(getattr(model.config, "d_model", None) or model.config.hidden_size)
 
     def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
+        """As Backbone.encode."""
         encoder = self.model.get_encoder()
         states = []
         for context in contexts:
@@ -35,21 +36,26 @@ class GeneralBackbone(nn.Module):
         return states
 
     def new_cache(self, num_contexts: int) -> SelfCache:
+        """As Backbone.new_cache."""
         device, dtype = self.model.device, self.model.dtype
         return SelfCache(
             num_layers=0, num_contexts=num_contexts, heads=1, head_dim=1, dtype=dtype, device=device
         )
 
     def decode(self, batch: RowBatch) -> Tensor:
+        """As Backbone.decode."""
         return torch.cat([self._decode_block(block) for block in batch.blocks])
 
     def logits(self, states: Tensor) -> Tensor:
+        """As Backbone.logits."""
         return states
 
     def context_bytes(self, length: int) -> int:
-        return length * self.d_model * self.model.dtype.itemsize
+        """As Backbone.context_bytes."""
+        return length * self.d_model * int(self.model.dtype.itemsize)
 
     def slot_bytes(self) -> int:
+        """As Backbone.slot_bytes."""
         return 16
 
     def _decode_block(self, block: RowBlock) -> Tensor:

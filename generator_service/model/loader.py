@@ -15,7 +15,7 @@ from generator_service.model.question_encoder import QuestionEncoder
 from generator_service.model.t5 import T5Backbone
 from generator_service.types import ModelSource
 
-_BACKBONES: dict[str, type[BartBackbone] | type[T5Backbone]] = {
+_BACKBONES: dict[str, type[BartBackbone | T5Backbone]] = {
     "bart": BartBackbone,
     "t5": T5Backbone,
     "mt5": T5Backbone,

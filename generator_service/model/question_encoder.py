@@ -25,11 +25,11 @@ class QuestionEncoder:
         self._pooling, self._normalize, self._score_scale = pooling, normalize, score_scale
         config = model.config
         width = config.hidden_size
-        if pooling is Pooling.FIRST_OUTPUT and getattr(config, "projection_dim", 0):
+        if pooling is Pooling.FIRST_OUTPUT and getattr(config, "projection_dim", None):
             width = config.projection_dim
         self.dimension = int(width)
         self.vocab_size = int(config.vocab_size)
-        self.max_length = int(getattr(config, "max_position_embeddings", 0) or 512)
+        self.max_length = int(getattr(config, "max_position_embeddings", None) or 512)
 
     @torch.inference_mode()
     def encode(self, input_ids: Sequence[Sequence[int]], attention_mask: Sequence[Sequence[int]]) -> Tensor:

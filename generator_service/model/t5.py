@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generator_service.model import attention
-from generator_service.model.backbone import RowBatch
-from generator_service.model.kv_cache import ContextStates, SelfCache
+from generator_service.model.backbone import AttentionBackbone, RowBatch
+from generator_service.model.kv_cache import ContextStates
 
 
 class RelativeBias(nn.Module):
@@ -82,7 +82,7 @@ class _DecoderLayer(nn.Module):
         return cast(Tensor, self.feed_forward(hidden))
 
 
-class T5Backbone(nn.Module):
+class T5Backbone(AttentionBackbone):
     """transformers' T5ForConditionalGeneration or MT5ForConditionalGeneration, whose weights it takes over."""
 
     name = "t5"
@@ -110,6 +110,7 @@ class T5Backbone(nn.Module):
         self.output_scale = float(config.d_model) ** -0.5 if scaled else 1.0
 
     def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
+        """As Backbone.encode."""
         lengths = [int(c.shape[0]) for c in contexts]
         positions = torch.arange(max(lengths), device=self.embedding.device)
         bias = self.encoder_bias(positions, positions).to(self.embedding.dtype).contiguous()
@@ -120,17 +121,8 @@ class T5Backbone(nn.Module):
         states = attention.cross_states(projected, lengths, self.num_layers, self.heads)
         return [ContextStates(n, cross, None) for n, cross in zip(lengths, states, strict=True)]
 
-    def new_cache(self, num_contexts: int) -> SelfCache:
-        return SelfCache(
-            num_layers=self.num_layers,
-            num_contexts=num_contexts,
-            heads=self.heads,
-            head_dim=self.head_dim,
-            dtype=self.embedding.dtype,
-            device=self.embedding.device,
-        )
-
     def decode(self, batch: RowBatch) -> Tensor:
+        """As Backbone.decode."""
         hidden = F.embedding(batch.token_ids(), self.embedding)
         masks = []
         for block in batch.blocks:
@@ -144,10 +136,5 @@ class T5Backbone(nn.Module):
         return cast(Tensor, self.decoder_norm(hidden))
 
     def logits(self, states: Tensor) -> Tensor:
+        """As Backbone.logits."""
         return F.linear(states * self.output_scale, self.head).float()
-
-    def context_bytes(self, length: int) -> int:
-        return length * self.slot_bytes()
-
-    def slot_bytes(self) -> int:
-        return 2 * self.num_layers * self.heads * self.head_dim * self.embedding.element_size()
