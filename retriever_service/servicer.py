@@ -13,6 +13,7 @@ from retriever_service.errors import ExpectationError
 from retriever_service.index.manifest import Manifest
 from retriever_service.retriever import Retriever
 from retriever_service.types import (
+    MAX_NORM,
     Document,
     Float32Array,
     Int64Array,
@@ -197,6 +198,9 @@ def _question_hidden_states(
         raise InvalidArgumentError(
             field, f"the index has dimension {limits.dimension}, the questions have {vectors.shape[1]}"
         )
+    longest = float(np.linalg.norm(vectors.astype(np.float64), axis=1).max())
+    if longest > MAX_NORM:
+        raise InvalidArgumentError(field, f"a vector's length must be at most {MAX_NORM:g}", longest)
     return vectors
 
 

@@ -10,6 +10,9 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
+MAX_NORM = 1e16
+"""Longest vector taken: the square of its length, which an L2 search computes, stays far inside float32."""
+
 
 class Metric(enum.StrEnum):
     """Similarity that an index searches by; doc_scores are inner products whichever it is."""

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
-from transformers import AutoTokenizer
-from transformers.utils.hub import cached_file
 
 from rag_serving.tokenizer_digest import tokenizer_digest
 from retriever_service.errors import TokenizerError
@@ -130,14 +128,20 @@ def load_context_defaults(checkpoint: str) -> ContextDefaults:
 
 
 def _hub_config(name: str) -> Path | None:
+    from transformers.utils.hub import cached_file  # noqa: PLC0415
+
     found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
 
 
 def _load(checkpoint: str, part: str) -> Any:
+    # Imported here: it brings torch along, which a missing index or a wrong flag must not wait for.
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
     folder = Path(checkpoint)
     source = folder / part if (folder / part).is_dir() else checkpoint
     try:
         return AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
-        raise TokenizerError(f"no tokenizer in {source}: {error}") from error
+        said = str(error).strip().partition("\n")[0]
+        raise TokenizerError(f"no tokenizer in {source}: {said}") from error

@@ -66,9 +66,10 @@ class Manifest(BaseModel):
         try:
             content = file.read_bytes()
             fields = json.loads(content)
-            fields.pop(_DIGEST_FIELD, None)
+            if isinstance(fields, dict):
+                fields.pop(_DIGEST_FIELD, None)
             manifest = cls.model_validate(fields)
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             what = "not a manifest of this version" if isinstance(error, ValidationError) else str(error)
             raise DamagedIndexError(file, what) from error
         if manifest.rendered() != content:

@@ -60,7 +60,8 @@ class PassageEncoder:
             self._model = model.from_pretrained(source, dtype=torch.float32).eval().to(device)
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, KeyError) as error:
-            raise BuildError(f"no passage encoder in {source}: {error}") from error
+            said = str(error).strip().partition("\n")[0]
+            raise BuildError(f"no passage encoder in {source}: {said}") from error
         self._pooling = Pooling.POOLER if self._is_dpr else pooling
         self._normalize = normalize
         self._template = template

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from retriever_service.errors import BuildError
-from retriever_service.types import Float32Array
+from retriever_service.types import MAX_NORM, Float32Array
 
 MAX_TEXT_BYTES = 1 << 20
 _MAX_KEY_BYTES = 1024
@@ -77,4 +77,6 @@ def _checked_embedding(embedding: Sequence[float] | None, where: str) -> Float32
         raise BuildError(f"{where}: embedding must be a list of numbers, got shape {list(vector.shape)}")
     if not np.isfinite(vector).all():
         raise BuildError(f"{where}: embedding is not finite")
+    if float(np.linalg.norm(vector.astype(np.float64))) > MAX_NORM:
+        raise BuildError(f"{where}: embedding is longer than {MAX_NORM:g}")
     return vector

@@ -1,0 +1,128 @@
+"""The faiss index behind the contract of VectorIndex."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retriever_service.errors import BuildError, DamagedIndexError, InvalidSearchParametersError
+from retriever_service.index.faiss_index import FaissBuilder, FaissIndex, normalized_kind
+from retriever_service.types import Metric, SearchParameters
+
+DIM = 16
+VECTORS = np.random.default_rng(1).standard_normal((600, DIM)).astype(np.float32)
+QUESTIONS = np.random.default_rng(2).standard_normal((20, DIM)).astype(np.float32)
+
+
+def built(tmp_path: Path, kind: str, metric: Metric = Metric.INNER_PRODUCT) -> FaissIndex:
+    builder = FaissBuilder(kind, DIM, metric)
+    if builder.needs_training:
+        builder.train(VECTORS)
+    builder.add(VECTORS)
+    builder.save(tmp_path / "index.faiss", nprobe=4, ef_search=64)
+    return FaissIndex.load(tmp_path / "index.faiss")
+
+
+def recall(index: FaissIndex, parameters: SearchParameters, n_docs: int = 5) -> float:
+    rows, _ = index.search(QUESTIONS, n_docs, parameters)
+    best = np.argsort(-(QUESTIONS @ VECTORS.T), axis=1)[:, :n_docs]
+    return float(np.mean([len(set(a) & set(b)) / n_docs for a, b in zip(rows, best, strict=True)]))
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_flat_index_finds_what_numpy_finds(tmp_path: Path, metric: Metric) -> None:
+    index = built(tmp_path, "Flat", metric)
+    rows, scores = index.search(QUESTIONS, 7, SearchParameters())
+    if metric is Metric.INNER_PRODUCT:
+        expected = QUESTIONS @ VECTORS.T
+        order = np.argsort(-expected, axis=1)[:, :7]
+    else:
+        expected = ((QUESTIONS[:, None] - VECTORS[None]) ** 2).sum(-1)
+        order = np.argsort(expected, axis=1)[:, :7]
+    np.testing.assert_array_equal(rows, order)
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, order, 1), rtol=1e-4, atol=1e-4)
+    assert (index.ntotal, index.dimension, index.metric, index.kind()) == (600, DIM, metric, "Flat")
+
+
+@pytest.mark.parametrize(
+    "kind", ["IVF8,Flat", "IVF8,PQ4x4", "OPQ4,IVF8,PQ4x4", "IVF8_HNSW4,Flat", "IVF8,SQ8,RFlat"]
+)
+def test_nprobe_of_one_request_widens_its_search_and_leaves_the_index_alone(
+    tmp_path: Path, kind: str
+) -> None:
+    index = built(tmp_path, kind)
+    own = index.search(QUESTIONS, 5, SearchParameters())[0]
+    narrow, wide = recall(index, SearchParameters(nprobe=1)), recall(index, SearchParameters(nprobe=8))
+    assert wide > narrow
+    np.testing.assert_array_equal(index.search(QUESTIONS, 5, SearchParameters())[0], own)
+
+
+def test_ef_search_of_one_request_widens_its_search_and_leaves_the_index_alone(tmp_path: Path) -> None:
+    index = built(tmp_path, "HNSW8")
+    own = index.search(QUESTIONS, 5, SearchParameters())[0]
+    assert recall(index, SearchParameters(ef_search=1)) < recall(index, SearchParameters(ef_search=300))
+    np.testing.assert_array_equal(index.search(QUESTIONS, 5, SearchParameters())[0], own)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "field"),
+    [
+        ("Flat", SearchParameters(nprobe=1), "search_parameters.nprobe"),
+        ("Flat", SearchParameters(ef_search=1), "search_parameters.ef_search"),
+        ("HNSW8", SearchParameters(nprobe=1), "search_parameters.nprobe"),
+        ("IVF8,Flat", SearchParameters(ef_search=1), "search_parameters.ef_search"),
+        ("IVF8,Flat", SearchParameters(nprobe=9), "search_parameters.nprobe"),
+        ("IVF8,Flat", SearchParameters(nprobe=-1), "search_parameters.nprobe"),
+    ],
+)
+def test_knob_that_a_kind_lacks_is_refused_by_name(
+    tmp_path: Path, kind: str, parameters: SearchParameters, field: str
+) -> None:
+    with pytest.raises(InvalidSearchParametersError) as caught:
+        built(tmp_path, kind).check_parameters(parameters)
+    assert caught.value.violations[0].field == field
+
+
+def test_more_documents_than_vectors_gives_all_vectors(tmp_path: Path) -> None:
+    rows, scores = built(tmp_path, "Flat").search(QUESTIONS, 1000, SearchParameters())
+    assert rows.shape == scores.shape == (20, 600)
+    assert (rows >= 0).all()
+
+
+def test_missing_hits_are_minus_one_and_stand_last(tmp_path: Path) -> None:
+    index = built(tmp_path, "IVF64,Flat")
+    rows, _ = index.search(QUESTIONS, 100, SearchParameters(nprobe=1))
+    missing = rows < 0
+    assert missing.any()
+    assert (np.diff(missing.astype(int), axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, DIM), (2, DIM + 1), (DIM,)])
+def test_vectors_of_another_shape_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="cannot search"):
+        built(tmp_path, "Flat").search(np.zeros(shape, np.float32), 5, SearchParameters())
+
+
+@pytest.mark.parametrize("kind", ["Nonsense", "IVF8,PQ5", ""])
+def test_factory_string_that_faiss_refuses_is_a_clear_error(kind: str) -> None:
+    with pytest.raises(BuildError, match="faiss refuses kind"):
+        FaissBuilder(kind, DIM, Metric.INNER_PRODUCT)
+
+
+def test_too_few_vectors_to_train_is_a_clear_error() -> None:
+    with pytest.raises(BuildError, match="cannot be trained on 3 vectors"):
+        FaissBuilder("IVF8,Flat", DIM, Metric.L2).train(VECTORS[:3])
+
+
+def test_file_that_is_no_index_is_named(tmp_path: Path) -> None:
+    (tmp_path / "index.faiss").write_bytes(b"not an index at all")
+    with pytest.raises(DamagedIndexError, match=r"index\.faiss: faiss cannot read it"):
+        FaissIndex.load(tmp_path / "index.faiss")
+
+
+@pytest.mark.parametrize(
+    ("given", "spelled"),
+    [("flat", "Flat"), ("hnsw", "HNSW32"), ("hnsw16", "HNSW16"), ("IVF8,Flat", "IVF8,Flat")],
+)
+def test_small_names_of_kinds_are_understood(given: str, spelled: str) -> None:
+    assert normalized_kind(given) == spelled

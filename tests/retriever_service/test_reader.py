@@ -1,0 +1,136 @@
+"""Corpora as streams of records."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from retriever_service.errors import BuildError
+from retriever_service.ingest.reader import CorpusFormat, CorpusReader
+from tests.retriever_service.tiny_models import embeddings_of
+
+
+def write(tmp_path: Path, name: str, text: str) -> Path:
+    file = tmp_path / name
+    file.write_text(text, encoding="utf-8", newline="")
+    return file
+
+
+def test_jsonl_gives_records_with_defaults(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        "c.jsonl",
+        '{"text": "a"}\n\n{"key": 7, "title": null, "text": "b\\u0000 🦉", "metadata": {"z": 1, "a": "ü"}}\r\n'
+        '{"key": "k", "title": "T", "text": "c", "embedding": [1, 2.5]}',
+    )
+    first, second, third = list(CorpusReader(file))
+    assert (first.key, first.title, first.text, first.embedding) == (None, "", "a", None)
+    assert (second.key, second.text, second.metadata) == ("7", "b\0 🦉", '{"a": "ü", "z": 1}')
+    assert second.where.endswith("c.jsonl, line 3")
+    assert third.embedding is not None
+    assert third.embedding.tolist() == [1, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "must be a JSON object, got list"),
+        ("{}", "text is missing"),
+        ('{"text": 5}', "text must be a string, got int"),
+        ('{"text": ""}', "text is empty"),
+        ('{"text": "x", "title": []}', "title must be a string"),
+        ('{"text": "x", "key": ""}', "key is empty"),
+        ('{"text": "x", "key": true}', "key must be a string"),
+        ('{"text": "x", "key": 1.5}', "key must be a string"),
+        ('{"text": "\\ud800"}', "text is not valid Unicode"),
+        ('{"text": "x", "metadata": "y"}', "metadata must be an object"),
+        ('{"text": "x", "embedding": "y"}', "embedding must be a list of numbers"),
+        ('{"text": "x", "embedding": []}', "embedding must be a list of numbers"),
+        ('{"text": "x", "embedding": [[1]]}', "embedding must be a list of numbers"),
+        ('{"text": "x", "embedding": [1, NaN]}', "embedding is not finite"),
+        ('{"text": "x", "embedding": [1, 1e30]}', "embedding is longer than 1e+16"),
+        ('{"text": "x", "embeding": [1]}', "unknown field 'embeding'"),
+        (json.dumps({"text": "x" * 201}), "text has 201 bytes, at most 200"),
+    ],
+)
+def test_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
+    file = write(tmp_path, "c.jsonl", f'{{"text": "fine"}}\n{line}\n')
+    with pytest.raises(BuildError) as caught:
+        list(CorpusReader(file, max_text_bytes=200))
+    assert f"{file}, line 2: " in caught.value.message
+    assert said in caught.value.message
+
+
+def test_tsv_is_read_as_psgs_w100(tmp_path: Path) -> None:
+    text = 'id\ttext\ttitle\n1\t"said ""yes"" and\nleft"\tAaron\n2\tplain text\t"A ""B"""\n'
+    first, second = list(CorpusReader(write(tmp_path, "p.tsv", text)))
+    assert (first.key, first.text, first.title) == ("1", 'said "yes" and\nleft', "Aaron")
+    assert (second.key, second.text, second.title) == ("2", "plain text", 'A "B"')
+    assert second.where.endswith("line 4")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1\ta\tb\n", "line 1: the header must be id, text, title"),
+        ("id\ttext\ttitle\n1\ta\n", "line 2: must have 3 columns, got 2"),
+        ('id\ttext\ttitle\n1\t"a\tb\n', "line 2: "),
+        ("id\ttext\ttitle\n1\t\tb\n", "line 2: text is empty"),
+    ],
+)
+def test_bad_tsv_row_is_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(BuildError, match=said):
+        list(CorpusReader(write(tmp_path, "p.tsv", text)))
+
+
+def test_gzip_is_read_and_damage_in_it_is_an_error(tmp_path: Path) -> None:
+    packed = gzip.compress(b'{"text": "a"}\n' * 1000)
+    (tmp_path / "c.jsonl.gz").write_bytes(packed)
+    assert len(list(CorpusReader(tmp_path / "c.jsonl.gz"))) == 1000
+    (tmp_path / "c.jsonl.gz").write_bytes(packed[:-20])
+    with pytest.raises(BuildError, match=r"c\.jsonl\.gz: cannot be read"):
+        list(CorpusReader(tmp_path / "c.jsonl.gz"))
+
+
+def test_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(BuildError, match="cannot be read"):
+        list(CorpusReader(tmp_path / "c.jsonl"))
+
+
+def test_format_is_told_by_name_or_by_the_caller(tmp_path: Path) -> None:
+    file = write(tmp_path, "c.txt", '{"text": "a"}\n')
+    with pytest.raises(BuildError, match="cannot tell the format"):
+        CorpusReader(file)
+    assert len(list(CorpusReader(file, CorpusFormat.JSONL))) == 1
+    with pytest.raises(BuildError, match="no corpus at"):
+        CorpusReader(tmp_path / "nothing.jsonl")
+
+
+def test_datasets_folder_keeps_embeddings_bit_for_bit(
+    tmp_path: Path, documents: list[dict[str, Any]]
+) -> None:
+    from datasets import Dataset
+
+    columns = {name: [document[name] for document in documents] for name in ("title", "text")}
+    columns["embeddings"] = [document["embedding"] for document in documents]
+    columns["id"] = [document["key"] for document in documents]
+    Dataset.from_dict(columns).save_to_disk(tmp_path / "set")
+    reader = CorpusReader(tmp_path / "set")
+    records = list(reader)
+    assert reader.count() == len(records) == len(documents)
+    assert [record.key for record in records] == columns["id"]
+    assert [record.text for record in records] == columns["text"]
+    np.testing.assert_array_equal(
+        np.stack([record.embedding for record in records]), embeddings_of(documents)
+    )
+
+
+def test_folder_that_is_no_dataset_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="not a datasets folder"):
+        list(CorpusReader(tmp_path))

@@ -1,0 +1,227 @@
+"""Search, fetch, score, assemble."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rag_serving.errors import DataLossError, InvalidArgumentError
+from rag_serving.metrics import Metrics
+from retriever_service.context.assembler import ContextAssembler
+from retriever_service.context.tokenizer import ContextTokenizer
+from retriever_service.errors import InvalidSearchParametersError, NoQuestionTokenizerError, OverloadedError
+from retriever_service.index.faiss_index import FaissIndex
+from retriever_service.index.snapshot import Snapshot
+from retriever_service.metrics import RetrieverMetrics
+from retriever_service.retriever import Retriever, RetrieverLimits
+from retriever_service.store.sqlite import SqliteStore
+from retriever_service.types import Metric, Query, SearchParameters
+from tests.retriever_service.tiny_models import bpe_tokenizer, embeddings_of, make_documents, write_jsonl
+
+DIM = 16
+DOCUMENTS = make_documents(300, DIM, seed=4)
+EMBEDDINGS = embeddings_of(DOCUMENTS)
+VECTORS = np.random.default_rng(8).standard_normal((6, DIM)).astype(np.float32)
+Build = Callable[..., Snapshot]
+
+
+@asynccontextmanager
+async def retrieving(snapshot: Snapshot, **limits: Any) -> AsyncIterator[Retriever]:
+    retriever = Retriever(
+        FaissIndex.load(snapshot.index_file),
+        SqliteStore(snapshot.documents_file, snapshot.manifest.dimension),
+        ContextAssembler(ContextTokenizer(bpe_tokenizer()), title_sep=" / ", doc_sep=" // ", prefix=""),
+        RetrieverMetrics(Metrics("retriever")),
+        generation=snapshot.manifest.generation,
+        limits=RetrieverLimits(**limits),
+    )
+    try:
+        yield retriever
+    finally:
+        await retriever.close()
+
+
+def query(vectors: Any = VECTORS, n_docs: int = 5, **others: Any) -> Query:
+    texts = [f"question {row}" for row in range(len(vectors))]
+    return Query(vectors, n_docs, others.pop("max_combined_length", 60), question_texts=texts, **others)
+
+
+def exact(vectors: Any, n_docs: int) -> tuple[np.ndarray, np.ndarray]:
+    scores = vectors.astype(np.float64) @ EMBEDDINGS.T.astype(np.float64)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :n_docs]
+    return order, np.take_along_axis(scores, order, 1).astype(np.float32)
+
+
+@pytest.fixture
+def build(tmp_path: Path, build_corpus: Build) -> Build:
+    corpus = write_jsonl(tmp_path / "c.jsonl", DOCUMENTS)
+    return lambda **options: build_corpus(corpus, tmp_path / "index", **options)
+
+
+async def test_flat_index_gives_the_best_documents_with_exact_scores(build: Build) -> None:
+    async with retrieving(build()) as retriever:
+        retrieved = await retriever.retrieve(query())
+    rows, scores = exact(VECTORS, 5)
+    np.testing.assert_array_equal(retrieved.rows, rows)
+    np.testing.assert_array_equal(retrieved.doc_scores, scores)
+    np.testing.assert_array_equal(retrieved.doc_embeds, EMBEDDINGS[rows])
+    assert list(retrieved.n_docs_found) == [5] * 6
+    for found, row_numbers in zip(retrieved.documents, rows.tolist(), strict=True):
+        assert [document.key for document in found if document] == [
+            DOCUMENTS[row]["key"] for row in row_numbers
+        ]
+    assert retrieved.contexts is not None
+    assert retrieved.contexts.input_ids.shape[0] == 30
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW8", "IVF8,Flat", "IVF8,PQ4x4", "OPQ4,IVF8,PQ4x4", "SQ8"])
+@pytest.mark.parametrize("metric", list(Metric))
+async def test_doc_scores_are_exact_and_ordered_whatever_the_kind(
+    build: Build, kind: str, metric: Metric
+) -> None:
+    async with retrieving(build(kind=kind, metric=metric)) as retriever:
+        retrieved = await retriever.retrieve(query(n_docs=20))
+    products = np.einsum("bd,bnd->bn", VECTORS, EMBEDDINGS[retrieved.rows], dtype=np.float64)
+    np.testing.assert_array_equal(retrieved.doc_scores, products.astype(np.float32))
+    assert (np.diff(retrieved.doc_scores, axis=1) <= 0).all()
+    assert all(len(set(rows)) == 20 for rows in retrieved.rows.tolist())
+
+
+async def test_answer_does_not_depend_on_the_batch(build: Build) -> None:
+    async with retrieving(build()) as retriever:
+        together = await retriever.retrieve(query())
+        for position in range(len(VECTORS)):
+            alone = await retriever.retrieve(query(VECTORS[position : position + 1]))
+            np.testing.assert_array_equal(alone.rows[0], together.rows[position])
+            np.testing.assert_array_equal(alone.doc_scores[0], together.doc_scores[position])
+
+
+async def test_equal_scores_stand_in_row_order(tmp_path: Path, build_corpus: Build) -> None:
+    lines = [{"key": str(row), "text": "t", "embedding": [1.0, row % 2]} for row in range(10)]
+    snapshot = build_corpus(write_jsonl(tmp_path / "ties.jsonl", lines), tmp_path / "ties")
+    async with retrieving(snapshot) as retriever:
+        retrieved = await retriever.retrieve(query(np.asarray([[1.0, 1.0]], np.float32), n_docs=10))
+    assert retrieved.rows.tolist() == [[1, 3, 5, 7, 9, 0, 2, 4, 6, 8]]
+
+
+async def test_fewer_hits_are_reported_and_never_padded_with_documents(build: Build) -> None:
+    async with retrieving(build(kind="IVF64,Flat", nprobe=1)) as retriever:
+        retrieved = await retriever.retrieve(query(n_docs=40))
+        nothing_asked = await retriever.retrieve(
+            query(n_docs=40, search_parameters=SearchParameters(nprobe=64))
+        )
+    found = np.asarray(retrieved.n_docs_found)
+    assert found.min() < found.max() < 40
+    assert retrieved.rows.shape == retrieved.doc_scores.shape == (6, found.max())
+    contexts = retrieved.contexts
+    assert contexts is not None
+    mask = contexts.attention_mask.reshape(6, found.max(), -1)
+    for position, count in enumerate(found):
+        assert (retrieved.rows[position, :count] >= 0).all()
+        assert (retrieved.rows[position, count:] == -1).all()
+        assert np.isfinite(retrieved.doc_scores[position, :count]).all()
+        assert (retrieved.doc_scores[position, count:] == -np.inf).all()
+        assert (retrieved.doc_embeds[position, count:] == 0).all()
+        assert all(document is None for document in retrieved.documents[position][count:])
+        assert mask[position, :count].any(axis=1).all()
+        assert not mask[position, count:].any()
+    assert list(nothing_asked.n_docs_found) == [40] * 6
+
+
+async def test_index_smaller_than_n_docs_gives_all_it_has(tmp_path: Path, build_corpus: Build) -> None:
+    snapshot = build_corpus(write_jsonl(tmp_path / "three.jsonl", DOCUMENTS[:3]), tmp_path / "three")
+    async with retrieving(snapshot) as retriever:
+        retrieved = await retriever.retrieve(query(n_docs=50))
+    assert retrieved.rows.shape == (6, 3)
+    assert list(retrieved.n_docs_found) == [3] * 6
+
+
+async def test_skipped_contexts_are_none(build: Build) -> None:
+    async with retrieving(build()) as retriever:
+        retrieved = await retriever.retrieve(Query(VECTORS, 5, 60, skip_contexts=True))
+    assert retrieved.contexts is None
+    assert retrieved.rows.shape == (6, 5)
+
+
+async def test_concurrent_requests_are_gathered_into_few_searches(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    search = FaissIndex.search
+
+    def counting(index: FaissIndex, vectors: Any, n_docs: int, parameters: SearchParameters) -> Any:
+        calls.append(len(vectors))
+        return search(index, vectors, n_docs, parameters)
+
+    monkeypatch.setattr(FaissIndex, "search", counting)
+    vectors = np.random.default_rng(1).standard_normal((100, DIM)).astype(np.float32)
+    async with retrieving(build(), batch_window_s=0.005) as retriever:
+        answers = await asyncio.gather(
+            *(retriever.retrieve(query(vectors[row : row + 1])) for row in range(len(vectors)))
+        )
+    assert len(calls) < 20
+    assert sum(calls) == 100
+    rows, scores = exact(vectors, 5)
+    np.testing.assert_array_equal(np.concatenate([answer.rows for answer in answers]), rows)
+    np.testing.assert_array_equal(np.concatenate([answer.doc_scores for answer in answers]), scores)
+
+
+async def test_too_many_waiting_questions_are_refused_with_a_retry_hint(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    search = FaissIndex.search
+
+    def held(*arguments: Any) -> Any:
+        assert gate.wait(5)
+        return search(*arguments)
+
+    monkeypatch.setattr(FaissIndex, "search", held)
+    async with retrieving(build(), max_queued_questions=8) as retriever:
+        waiting = asyncio.create_task(retriever.retrieve(query()))
+        await asyncio.sleep(0.01)
+        with pytest.raises(OverloadedError, match="6 questions are waiting, at most 8") as caught:
+            await retriever.retrieve(query())
+        assert caught.value.retry_after_s > 0
+        gate.set()
+        await waiting
+        await retriever.retrieve(query())
+
+
+async def test_cancelled_request_frees_its_place(build: Build) -> None:
+    async with retrieving(build(), max_queued_questions=8) as retriever:
+        for _ in range(20):
+            task = asyncio.create_task(retriever.retrieve(query()))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert (await retriever.retrieve(query())).rows.shape == (6, 5)
+
+
+async def test_what_cannot_be_answered_is_refused_before_it_waits(build: Build) -> None:
+    ids = np.ones((6, 3), dtype=np.int64)
+    async with retrieving(build()) as retriever:
+        with pytest.raises(InvalidSearchParametersError, match="nprobe"):
+            await retriever.retrieve(query(search_parameters=SearchParameters(nprobe=3)))
+        with pytest.raises(NoQuestionTokenizerError, match="--question-tokenizer"):
+            await retriever.retrieve(Query(VECTORS, 5, 60, question_input_ids=ids))
+        with pytest.raises(InvalidArgumentError, match="overflows"):
+            await retriever.retrieve(query(np.full((1, DIM), 3e38, np.float32), n_docs=300))
+
+
+async def test_index_and_store_of_different_sizes_are_refused(
+    build: Build, tmp_path: Path, build_corpus: Build
+) -> None:
+    other = build_corpus(write_jsonl(tmp_path / "three.jsonl", DOCUMENTS[:3]), tmp_path / "three")
+    index = FaissIndex.load(build().index_file)
+    store = SqliteStore(other.documents_file, DIM)
+    assembler = ContextAssembler(ContextTokenizer(bpe_tokenizer()), title_sep="", doc_sep="", prefix="")
+    with pytest.raises(DataLossError, match="300 vectors, the store 3 documents"):
+        Retriever(index, store, assembler, RetrieverMetrics(Metrics("retriever")), generation=1)
+    store.close()

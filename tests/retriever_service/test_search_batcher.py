@@ -1,0 +1,172 @@
+"""Concurrent requests share searches, and nothing else."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from rag_serving.metrics import Metrics
+from retriever_service.index.base import VectorIndex
+from retriever_service.metrics import RetrieverMetrics
+from retriever_service.search_batcher import SearchBatcher
+from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters
+
+OWN = SearchParameters()
+
+
+class EchoIndex(VectorIndex):
+    """Finds row int(vector[0]) n_docs times; 666 is a vector that it fails on; `gate` holds searches back."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int, SearchParameters]] = []
+        self.begun = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    @property
+    def ntotal(self) -> int:
+        return 1000
+
+    @property
+    def dimension(self) -> int:
+        return 2
+
+    @property
+    def metric(self) -> Metric:
+        return Metric.INNER_PRODUCT
+
+    def check_parameters(self, parameters: SearchParameters) -> None:
+        return
+
+    def search(
+        self, vectors: Float32Array, n_docs: int, parameters: SearchParameters
+    ) -> tuple[Int64Array, Float32Array]:
+        self.calls.append((len(vectors), n_docs, parameters))
+        self.begun.set()
+        assert self.gate.wait(5)
+        if (vectors[:, 0] == 666).any():
+            raise RuntimeError("a search failed")
+        rows = np.repeat(vectors[:, :1].astype(np.int64), n_docs, axis=1)
+        return rows, rows.astype(np.float32)
+
+
+def question(row: int, batch: int = 1) -> Float32Array:
+    return np.full((batch, 2), row, dtype=np.float32)
+
+
+@asynccontextmanager
+async def batching(
+    index: VectorIndex, window_s: float = 0.01, max_batch: int = 64
+) -> AsyncIterator[SearchBatcher]:
+    with ThreadPoolExecutor(1) as executor:
+        metrics = RetrieverMetrics(Metrics("retriever"))
+        batcher = SearchBatcher(index, executor, metrics, window_s=window_s, max_batch=max_batch)
+        try:
+            yield batcher
+        finally:
+            await batcher.close()
+
+
+async def test_concurrent_requests_share_searches_and_get_their_own_rows() -> None:
+    index = EchoIndex()
+    async with batching(index) as batcher:
+        found = await asyncio.gather(
+            *(batcher.search(question(row, 1 + row % 3), 2, OWN) for row in range(50))
+        )
+    for row, rows in enumerate(found):
+        np.testing.assert_array_equal(rows, np.full((1 + row % 3, 2), row))
+    assert len(index.calls) < 10
+    assert max(count for count, _, _ in index.calls) <= 64
+
+
+async def test_requests_that_differ_in_n_docs_or_parameters_never_share_a_search() -> None:
+    index = EchoIndex()
+    asked = [(2, OWN), (3, OWN), (2, SearchParameters(nprobe=4)), (2, SearchParameters(ef_search=4))] * 5
+    async with batching(index) as batcher:
+        found = await asyncio.gather(
+            *(
+                batcher.search(question(row), n_docs, parameters)
+                for row, (n_docs, parameters) in enumerate(asked)
+            )
+        )
+    assert [rows.shape for rows in found] == [(1, n_docs) for n_docs, _ in asked]
+    assert [int(rows[0, 0]) for rows in found] == list(range(20))
+    assert {(n_docs, parameters) for _, n_docs, parameters in index.calls} == set(asked)
+    assert len(index.calls) < 20
+
+
+async def test_failing_request_fails_alone() -> None:
+    index = EchoIndex()
+    async with batching(index) as batcher:
+        found = await asyncio.gather(
+            *(batcher.search(question(row), 1, OWN) for row in (1, 2, 666, 3)), return_exceptions=True
+        )
+        assert isinstance(found[2], RuntimeError)
+        assert [int(found[at][0, 0]) for at in (0, 1, 3)] == [1, 2, 3]  # type: ignore[index]
+        assert (await batcher.search(question(4), 1, OWN)).tolist() == [[4]]
+
+
+async def test_cancelled_request_is_dropped_and_hurts_no_other() -> None:
+    index = EchoIndex()
+    async with batching(index) as batcher:
+        index.gate.clear()
+        running = asyncio.create_task(batcher.search(question(1), 1, OWN))
+        await asyncio.to_thread(index.begun.wait, 5)
+        waiting = [asyncio.create_task(batcher.search(question(row), 1, OWN)) for row in (2, 3, 4)]
+        await asyncio.sleep(0)
+        waiting[1].cancel()
+        running.cancel()
+        index.gate.set()
+        assert [(await waiting[at]).tolist() for at in (0, 2)] == [[[2]], [[4]]]
+        with pytest.raises(asyncio.CancelledError):
+            await waiting[1]
+    assert sum(count for count, _, _ in index.calls) == 3
+
+
+async def test_request_whose_time_is_up_while_it_waits_is_never_searched() -> None:
+    index = EchoIndex()
+    async with batching(index) as batcher:
+        index.gate.clear()
+        running = asyncio.create_task(batcher.search(question(1), 1, OWN))
+        await asyncio.to_thread(index.begun.wait, 5)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.02):
+                await batcher.search(question(2), 1, OWN)
+        index.gate.set()
+        assert (await running).tolist() == [[1]]
+        assert (await batcher.search(question(3), 1, OWN)).tolist() == [[3]]
+    assert len(index.calls) == 2
+
+
+async def test_request_larger_than_a_search_is_searched_whole() -> None:
+    index = EchoIndex()
+    async with batching(index, max_batch=4) as batcher:
+        found = await asyncio.gather(*(batcher.search(question(row, 6), 1, OWN) for row in (1, 2)))
+    assert [rows.tolist() for rows in found] == [[[1]] * 6, [[2]] * 6]
+    assert [count for count, _, _ in index.calls] == [6, 6]
+
+
+async def test_request_that_comes_alone_does_not_wait_for_the_window() -> None:
+    async with batching(EchoIndex(), window_s=30) as batcher, asyncio.timeout(5):
+        for row in range(5):
+            assert (await batcher.search(question(row), 1, OWN)).tolist() == [[row]]
+
+
+async def test_closing_cancels_what_waits() -> None:
+    index = EchoIndex()
+    index.gate.clear()
+    async with batching(index) as batcher:
+        waiting = [asyncio.create_task(batcher.search(question(row), 1, OWN)) for row in range(3)]
+        await asyncio.to_thread(index.begun.wait, 5)
+        late = asyncio.create_task(batcher.search(question(9), 1, OWN))
+        await asyncio.sleep(0)
+        await batcher.close()
+        index.gate.set()
+    assert all(
+        isinstance(end, asyncio.CancelledError)
+        for end in await asyncio.gather(*waiting, late, return_exceptions=True)
+    )

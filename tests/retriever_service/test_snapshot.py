@@ -1,0 +1,192 @@
+"""Index folders: generations, checksums, atomic switching."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retriever_service.errors import BuildError, DamagedIndexError, MissingIndexError
+from retriever_service.index import snapshot
+from retriever_service.index.manifest import Manifest
+from retriever_service.index.snapshot import Snapshot
+from retriever_service.ingest.verify import verify_index
+from tests.retriever_service.tiny_models import make_documents, write_jsonl
+
+Build = Callable[..., Snapshot]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
+    build_corpus(corpus, tmp_path / "index")
+    return tmp_path / "index"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_index_describes_itself(folder: Path) -> None:
+    manifest = Snapshot.open(folder).manifest
+    assert (manifest.ntotal, manifest.dimension, manifest.kind, manifest.generation) == (60, 16, "Flat", 1)
+    assert manifest.embedding.name == "tiny-encoder"
+    assert set(manifest.files) == {"documents.sqlite", "index.faiss"}
+    assert names(folder) == [".lock", "CURRENT", "generation-000001"]
+
+
+def test_each_build_is_a_new_generation_and_old_ones_go(
+    folder: Path, corpus: Path, build_corpus: Build
+) -> None:
+    for generation in (2, 3, 4):
+        build_corpus(corpus, folder, keep_generations=2)
+        assert Snapshot.open(folder).manifest.generation == generation
+    assert names(folder) == [".lock", "CURRENT", "generation-000003", "generation-000004"]
+
+
+def test_one_generation_can_be_opened_by_its_own_folder(
+    folder: Path, corpus: Path, build_corpus: Build
+) -> None:
+    build_corpus(corpus, folder)
+    assert Snapshot.open(folder / "generation-000001").manifest.generation == 1
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_folder_without_an_index_is_said_to_have_none(tmp_path: Path, empty: bool) -> None:
+    folder = tmp_path if empty else tmp_path / "nowhere"
+    with pytest.raises(MissingIndexError, match="rag-index build"):
+        Snapshot.open(folder)
+
+
+@pytest.mark.parametrize("name", ["CURRENT", "manifest.json", "index.faiss", "documents.sqlite"])
+def test_any_damaged_byte_is_refused_with_the_files_name(folder: Path, name: str) -> None:
+    file = folder / name if name == "CURRENT" else folder / "generation-000001" / name
+    whole = file.read_bytes()
+    places = range(len(whole)) if len(whole) < 2000 else range(0, len(whole), len(whole) // 50)
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x01
+        file.write_bytes(damaged)
+        with pytest.raises(DamagedIndexError) as caught:
+            Snapshot.open(folder).verify()
+        assert name in caught.value.message, place
+    file.write_bytes(whole)
+    Snapshot.open(folder).verify()
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "documents.sqlite"])
+@pytest.mark.parametrize("damage", ["missing", "shorter", "longer"])
+def test_missing_or_resized_file_is_refused_at_opening(folder: Path, name: str, damage: str) -> None:
+    file = folder / "generation-000001" / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] if damage == "shorter" else content + b"x")
+    with pytest.raises(DamagedIndexError, match=name):
+        Snapshot.open(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_manifest_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(DamagedIndexError, match=r"manifest\.json"):
+        Manifest.read(tmp_path / "manifest.json")
+
+
+def test_verify_names_the_file_that_is_damaged(folder: Path) -> None:
+    steps: list[str] = []
+    verify_index(folder, steps.append)
+    assert steps[-1] == "search"
+    file = folder / "generation-000001" / "documents.sqlite"
+    content = bytearray(file.read_bytes())
+    content[5000] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(DamagedIndexError, match=r"documents\.sqlite: sha256 is"):
+        verify_index(folder, steps.append)
+
+
+def test_failed_build_leaves_no_trace(folder: Path, tmp_path: Path, build_corpus: Build) -> None:
+    before = names(folder)
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*make_documents(600, 16), {"text": 5}])
+    with pytest.raises(BuildError, match="line 601"):
+        build_corpus(bad, folder)
+    assert names(folder) == before
+    verify_index(folder, lambda what: None)
+
+
+def test_two_builds_at_once_are_refused(folder: Path, corpus: Path, build_corpus: Build) -> None:
+    with snapshot.building(folder), pytest.raises(BuildError, match="another build is writing"):
+        build_corpus(corpus, folder)
+    build_corpus(corpus, folder)
+
+
+_BUILD_PROGRAM = """
+import os, sys, time
+from retriever_service.index import snapshot
+from retriever_service.ingest.build import BuildOptions, build_index
+from retriever_service.ingest.reader import CorpusReader
+
+corpus, folder, stop_at = sys.argv[1:]
+
+def stop(name):
+    if name == stop_at:
+        print("here", flush=True)
+        time.sleep(60)
+
+fsync = snapshot._fsync
+def slow_fsync(path):
+    fsync(path)
+    stop(f"fsync {path.name}")
+snapshot._fsync = slow_fsync
+
+from pathlib import Path
+build_index(CorpusReader(Path(corpus)), Path(folder), encoder=None, embedding_name="tiny-encoder",
+            options=BuildOptions(kind="HNSW8"), progress=lambda stage, done, total: stop(f"{stage} {done}"))
+"""
+
+KILLED_AT = [
+    ("documents 0", 1),
+    ("documents 512", 1),
+    ("index 700", 1),
+    ("publish 0", 1),
+    ("fsync manifest.json", 1),
+    ("fsync CURRENT.new", 1),
+    ("publish 1", 2),
+]
+
+
+@pytest.mark.parametrize(("stop_at", "generation"), KILLED_AT)
+def test_build_killed_midway_leaves_an_index_that_serves(
+    folder: Path, tmp_path: Path, build_corpus: Build, stop_at: str, generation: int
+) -> None:
+    corpus = write_jsonl(tmp_path / "more.jsonl", make_documents(700, 16, seed=9))
+    arguments = [sys.executable, "-c", _BUILD_PROGRAM, str(corpus), str(folder), stop_at]
+    build = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    assert build.stdout is not None
+    assert build.stdout.readline() == "here\n"
+    os.kill(build.pid, signal.SIGKILL)
+    assert build.wait(10) == -signal.SIGKILL
+    build.stdout.close()
+    left = verify_index(folder, lambda what: None).manifest
+    assert (left.generation, left.ntotal) == (generation, 60 if generation == 1 else 700)
+    rebuilt: Any = build_corpus(corpus, folder, kind="HNSW8").manifest
+    assert rebuilt.ntotal == 700
+    assert rebuilt.generation > generation
+    assert not [name for name in names(folder) if name.startswith(".building")]
+    verify_index(folder, lambda what: None)
+
+
+def test_builds_killed_at_any_moment_leave_an_index_that_serves(folder: Path, tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "more.jsonl", make_documents(700, 16, seed=9))
+    arguments = [sys.executable, "-c", _BUILD_PROGRAM, str(corpus), str(folder), "never"]
+    for delay_s in (0.3, 0.45, 0.6):
+        build = subprocess.Popen(arguments)
+        time.sleep(delay_s)
+        build.kill()
+        build.wait(10)
+        assert verify_index(folder, lambda what: None).manifest.ntotal in {60, 700}
