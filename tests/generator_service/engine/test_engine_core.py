@@ -1,0 +1,143 @@
+"""The engine's loop over a tiny model: reports, refusals, failures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from generator_service.engine import messages
+from generator_service.engine.engine_core import EngineCore
+from generator_service.engine.messages import Failed, GenerateAnswer, Generated, Report
+from generator_service.engine.model_runner import ModelRunner
+from generator_service.engine.scheduler import SchedulerLimits
+from generator_service.types import Compatibility, GenerationSettings, SequenceDecoding, Strategy
+from tests.parity.tiny_models import tiny_rag
+
+
+def core(budget_bytes: int = 10**9) -> EngineCore:
+    runner = ModelRunner(tiny_rag("bart").backbone, None, torch.device("cpu"))
+    return EngineCore(runner, cache_budget_bytes=budget_bytes, limits=SchedulerLimits())
+
+
+def work(request_id: int, **changes: Any) -> GenerateAnswer:
+    settings = GenerationSettings(
+        max_length=8, num_beams=2, decoder_start_token_id=2, eos_token_ids=(2,), pad_token_id=1
+    )
+    base = GenerateAnswer(
+        request_id=request_id,
+        strategy=Strategy.RAG_SEQUENCE,
+        sequence_decoding=SequenceDecoding.THOROUGH,
+        compatibility=Compatibility.MASKED,
+        settings=settings,
+        contexts=[[5, 6, 7], [8, 9]],
+        padded_contexts=None,
+        doc_scores=[1.0, 0.0],
+        do_deduplication=True,
+        exclude_bos_score=True,
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+def drained(engine: EngineCore) -> list[Report]:
+    reports = []
+    while engine.has_work():
+        reports += engine.step()
+    return reports
+
+
+def test_every_request_gets_one_report() -> None:
+    engine = core()
+    for request_id in range(5):
+        strategy = Strategy.RAG_TOKEN if request_id % 2 else Strategy.RAG_SEQUENCE
+        assert engine.add_request(work(request_id, strategy=strategy)) is None
+    reports = drained(engine)
+    assert all(isinstance(r, Generated) for r in reports)
+    assert sorted(r.request_id for r in reports if isinstance(r, Generated)) == list(range(5))
+    assert engine.stats().running == 0
+    assert engine.stats().cache_bytes == 0
+    assert engine.stats().tokens > 0
+
+
+def test_a_question_that_never_fits_is_refused_with_the_numbers() -> None:
+    refused = core(budget_bytes=100).add_request(work(1))
+    assert isinstance(refused, Failed)
+    assert refused.status == "INVALID_ARGUMENT"
+    assert "100 in all" in refused.message
+
+
+def test_an_aborted_request_gets_no_report_and_leaves_nothing() -> None:
+    engine = core()
+    engine.add_request(work(1))
+    engine.add_request(work(2))
+    engine.step()
+    engine.abort(1)
+    reports = drained(engine)
+    assert [r.request_id for r in reports if isinstance(r, Generated)] == [2]
+    assert engine.stats().cache_bytes == 0
+
+
+def test_a_failing_step_fails_its_questions_and_the_next_one_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = core()
+    engine.add_request(work(1))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("device lost its mind")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny_rag("bart").backbone), "decode", broken)
+        (report,) = engine.step()
+    assert isinstance(report, Failed)
+    assert report.status == "UNAVAILABLE"
+    engine.add_request(work(2))
+    assert [type(r) for r in drained(engine)] == [Generated]
+
+
+@pytest.mark.parametrize("decoding", list(SequenceDecoding))
+def test_num_return_sequences_beyond_the_candidates_gives_those_there_are(decoding: SequenceDecoding) -> None:
+    """Hugging Face's topk crashes here (docs/parity.md)."""
+    engine = core()
+    settings = msgspec.structs.replace(work(1).settings, num_return_sequences=4, max_length=2)
+    engine.add_request(work(1, settings=settings, sequence_decoding=decoding))
+    (report,) = drained(engine)
+    assert isinstance(report, Generated)
+    answers = [tuple(h.token_ids) for h in report.hypotheses]
+    assert 1 <= len(answers) <= 4
+    assert len(set(answers)) == len(answers)
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+def test_posteriors_are_distributions(strategy: Strategy) -> None:
+    engine = core()
+    engine.add_request(work(1, strategy=strategy))
+    (report,) = drained(engine)
+    assert isinstance(report, Generated)
+    for hypothesis in report.hypotheses:
+        assert sum(hypothesis.document_posterior) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_fast_decoding_scores_no_candidate_above_the_thorough_one() -> None:
+    """Leaving documents out of the sum can only lower a candidate's likelihood (section 2.5)."""
+    scores = {}
+    for decoding in SequenceDecoding:
+        engine = core()
+        settings = msgspec.structs.replace(work(1).settings, num_return_sequences=4)
+        engine.add_request(work(1, settings=settings, sequence_decoding=decoding, exclude_bos_score=False))
+        (report,) = drained(engine)
+        assert isinstance(report, Generated)
+        scores[decoding] = {tuple(h.token_ids): h.score for h in report.hypotheses}
+    shared = scores[SequenceDecoding.FAST].keys() & scores[SequenceDecoding.THOROUGH].keys()
+    assert shared
+    for candidate in shared:
+        assert scores[SequenceDecoding.FAST][candidate] <= scores[SequenceDecoding.THOROUGH][candidate] + 1e-5
+
+
+def test_messages_survive_the_wire() -> None:
+    sent = work(7, settings=GenerationSettings(bad_words_ids=((1, 2),), forced_eos_token_id=2, seed=2**40))
+    assert messages.decode_command(messages.encode(sent)) == sent
+    report = Failed(request_id=1, status="UNAVAILABLE", message="é")
+    assert messages.decode_report(messages.encode(report)) == report

@@ -1,0 +1,125 @@
+"""A real worker process over a tiny checkpoint: start, answer, abort, die, come back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from generator_service.engine.async_engine import AsyncEngine, gather_or_cancel
+from generator_service.engine.worker_options import WorkerOptions
+from generator_service.errors import QueueFullError, WorkerLostError
+from generator_service.types import ModelSource, Pooling
+from rag_serving.errors import InvalidArgumentError, StartupError
+from tests.generator_service.engine.test_engine_core import work
+from tests.parity.tiny_models import tiny_rag
+
+
+@pytest.fixture(scope="module")
+def generator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generator")
+    tiny_rag("bart").generator.save_pretrained(folder)
+    return folder
+
+
+def options(folder: Path, **changes: object) -> WorkerOptions:
+    source = ModelSource(
+        rag_checkpoint=None,
+        question_encoder=None,
+        generator=str(folder),
+        pooling=Pooling.FIRST_OUTPUT,
+        normalize=False,
+        score_scale=1.0,
+        dtype="float32",
+    )
+    made = WorkerOptions(
+        device="cpu",
+        source=source,
+        threads=1,
+        cache_budget_bytes=10**8,
+        max_rows=256,
+        max_context_tokens=4096,
+        heartbeat_s=0.2,
+        log_level="warning",
+        log_format="text",
+    )
+    return msgspec.structs.replace(made, **changes)
+
+
+def engine(made: WorkerOptions, **changes: object) -> AsyncEngine:
+    arguments = {"heartbeat_timeout_s": 60.0, "max_queued": 100, **changes}
+    return AsyncEngine([made], **arguments)  # type: ignore[arg-type]
+
+
+async def test_worker_answers_aborts_dies_and_comes_back(generator_folder: Path) -> None:
+    changes: list[int] = []
+    running = engine(options(generator_folder), on_change=lambda: changes.append(running.num_ready))
+    ready = await running.start()
+    try:
+        assert ready.decoder == "bart"
+        assert ready.question_max_length == 0
+        first = await running.generate(work(0))
+        crowd = await gather_or_cancel([running.generate(work(0)) for _ in range(5)])
+        assert all(r.hypotheses[0].token_ids == first.hypotheses[0].token_ids for r in crowd)
+
+        slow = msgspec.structs.replace(work(0).settings, max_length=60, num_beams=8, min_length=60)
+        cancelled = asyncio.ensure_future(running.generate(work(0, settings=slow)))
+        await asyncio.sleep(0.05)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert running.num_pending == 0
+        assert (await running.generate(work(0))).hypotheses == first.hypotheses
+
+        process = running.workers[0]._process
+        assert process is not None
+        doomed = asyncio.ensure_future(running.generate(work(0, settings=slow)))
+        await asyncio.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        with pytest.raises(WorkerLostError):
+            await doomed
+        while running.num_ready == 0:
+            await asyncio.sleep(0.05)
+        assert running.workers[0].restarts == 1
+        assert (await running.generate(work(0))).hypotheses == first.hypotheses
+        assert changes == [1, 0, 1]
+    finally:
+        await running.stop()
+    assert running.workers[0]._process is None
+
+
+async def test_a_silent_worker_is_killed(generator_folder: Path) -> None:
+    running = engine(options(generator_folder), heartbeat_timeout_s=1.0)
+    await running.start()
+    try:
+        process = running.workers[0]._process
+        assert process is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerLostError):
+            await running.generate(work(0))
+    finally:
+        await running.stop()
+
+
+async def test_refusals_name_their_cause(generator_folder: Path) -> None:
+    running = engine(options(generator_folder, cache_budget_bytes=200_000), max_queued=1)
+    await running.start()
+    try:
+        with pytest.raises(InvalidArgumentError, match="bytes of cache"):
+            await running.generate(work(0, contexts=[[5] * 60] * 90, doc_scores=[0.0] * 90))
+        running.check_room(1)
+        with pytest.raises(QueueFullError, match="takes 1"):
+            running.check_room(2)
+    finally:
+        await running.stop()
+
+
+async def test_a_folder_without_a_model_is_a_startup_error(tmp_path: Path) -> None:
+    running = engine(options(tmp_path))
+    with pytest.raises(StartupError, match="cannot start"):
+        await running.start()
+    await running.stop()
