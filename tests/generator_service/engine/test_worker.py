@@ -82,7 +82,7 @@ async def test_worker_answers_aborts_dies_and_comes_back(generator_folder: Path)
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(WorkerLostError):
             await doomed
-        while running.num_ready == 0:
+        while running.num_ready == 0:  # noqa: ASYNC110  (the worker has no event for it)
             await asyncio.sleep(0.05)
         assert running.workers[0].restarts == 1
         assert (await running.generate(work(0))).hypotheses == first.hypotheses
