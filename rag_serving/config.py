@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -152,30 +152,31 @@ def _from_file(cls: type[BaseModel], path: Path) -> dict[str, tuple[Any, str]]:
     if not isinstance(loaded, dict):
         raise ValueError(f"--config: {path} must hold names and values, not a {type(loaded).__name__}")
     for key in loaded:
-        _refuse_unknown(str(key), str(key), list(cls.model_fields), f"key in {path}")
+        if key not in cls.model_fields:
+            raise _unknown(f"key in {path}", str(key), cls.model_fields)
     return {str(key): (value, str(path)) for key, value in loaded.items()}
 
 
 def _from_environment(
     cls: type[BaseModel], env_prefix: str, environ: Mapping[str, str]
 ) -> dict[str, tuple[Any, str]]:
-    names = {environment_name(env_prefix, field): field for field in cls.model_fields}
+    fields = {field.upper(): field for field in cls.model_fields}
     found = {}
     for variable, text in environ.items():
         if not variable.startswith(env_prefix) or variable == f"{env_prefix}CONFIG":
             continue
-        _refuse_unknown(variable, variable, list(names), "environment variable")
+        name = variable.removeprefix(env_prefix)
+        if name not in fields:
+            raise _unknown("environment variable", name, fields, env_prefix)
         if text != "":
-            found[names[variable]] = (text, variable)
+            found[fields[name]] = (text, variable)
     return found
 
 
-def _refuse_unknown(name: str, shown: str, known: list[str], what: str) -> None:
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"unknown {what}: {shown}{hint}")
+def _unknown(what: str, name: str, known: Iterable[str], prefix: str = "") -> ValueError:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+    return ValueError(f"unknown {what}: {prefix}{name}{hint}")
 
 
 def _parsed(field: FieldInfo, raw: object) -> object:

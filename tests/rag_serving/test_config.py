@@ -97,6 +97,7 @@ def test_settings_cannot_be_changed_and_have_no_unknown_fields() -> None:
         (["--metric", "cosine"], {}, "'inner_product' or 'l2'"),
         ([], {"RAG_X_N_DOCS": "many"}, "got 'many' (from RAG_X_N_DOCS)"),
         ([], {"RAG_X_N_DOC": "3"}, "unknown environment variable: RAG_X_N_DOC; did you mean RAG_X_N_DOCS?"),
+        ([], {"RAG_X_NONSENSE": "3"}, "unknown environment variable: RAG_X_NONSENSE\n"),
         (["--grpc-port", "70000"], {}, "--grpc-port: input should be less than or equal to 65535"),
         (["--grpc-port", "80", "--http-port", "80"], {}, "grpc_port and http_port must differ"),
         (["--bad-words", "[1,"], {}, "rag-x: error:"),
