@@ -31,7 +31,8 @@ class ContextTokenizer:
             raise TokenizerError(f"{type(tokenizer).__name__} has no pad token")
         if tokenizer.truncation_side != "right":
             raise TokenizerError("contexts are truncated on the right; this tokenizer truncates on the left")
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend_json: str = tokenizer.backend_tokenizer.to_str()
+        self._backend = Tokenizer.from_str(backend_json)
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = bool(tokenizer.split_special_tokens)
@@ -42,7 +43,7 @@ class ContextTokenizer:
             "bos": tokenizer.bos_token_id,
             "eos": tokenizer.eos_token_id,
         }
-        self.digest = tokenizer_digest(self._backend.to_str(), special_ids)
+        self.digest = tokenizer_digest(backend_json, special_ids)
 
     @property
     def num_special_tokens(self) -> int:
@@ -107,8 +108,13 @@ def load_question_tokenizer(checkpoint: str, *, required: bool) -> QuestionToken
 
 
 def load_context_defaults(checkpoint: str) -> ContextDefaults:
-    """Reads the RagConfig of a checkpoint folder or hub name; all None where it is not a RAG checkpoint."""
+    """Reads the RagConfig of a checkpoint folder or hub name; all None where it is not a RAG checkpoint.
+
+    Raises TokenizerError where there is no such folder, or the hub cannot be asked.
+    """
     folder = Path(checkpoint)
+    if folder.is_absolute() and not folder.is_dir():
+        raise TokenizerError(f"no folder {checkpoint}")
     file = folder / "config.json" if folder.is_dir() else _hub_config(checkpoint)
     if file is None or not file.is_file():
         return ContextDefaults()
@@ -130,7 +136,10 @@ def load_context_defaults(checkpoint: str) -> ContextDefaults:
 def _hub_config(name: str) -> Path | None:
     from transformers.utils.hub import cached_file  # noqa: PLC0415
 
-    found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+    try:
+        found = cached_file(name, "config.json", _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"no config.json of {name}: {_first_line(error)}") from error
     return None if found is None else Path(found)
 
 
@@ -143,5 +152,8 @@ def _load(checkpoint: str, part: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError, KeyError) as error:
-        said = str(error).strip().partition("\n")[0]
-        raise TokenizerError(f"no tokenizer in {source}: {said}") from error
+        raise TokenizerError(f"no tokenizer in {source}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -12,12 +12,19 @@ from transformers import RagRetriever
 from retriever_service.context.assembler import ContextAssembler, ContextParts
 from retriever_service.context.tokenizer import ContextTokenizer, QuestionTokenizer
 from retriever_service.types import Contexts, Truncation
-from tests.retriever_service.tiny_models import WORDS, bpe_tokenizer, tiny_config, wordpiece_tokenizer
+from tests.retriever_service.tiny_models import (
+    WORDS,
+    bpe_tokenizer,
+    tiny_config,
+    unigram_tokenizer,
+    wordpiece_tokenizer,
+)
 
 TOKENIZERS = {
     "wordpiece": wordpiece_tokenizer,
     "wordpiece-cased": lambda: wordpiece_tokenizer(lowercase=False),
     "bpe": bpe_tokenizer,
+    "unigram": unigram_tokenizer,
 }
 SEPARATORS = [(" / ", " // "), ("", ""), ("  ", " "), (" [SEP] ", "</s>"), ("\n", " \n ")]
 
@@ -118,7 +125,9 @@ def test_keep_question_is_postprocess_docs_where_all_fits_and_keeps_the_question
         assert not contexts.question_cut[0]
         return
     assert len(kept) == length
-    assert (kept[0], kept[-1]) == (whole[0], whole[-1])
+    framed = ContextTokenizer(tokenizer)
+    assert kept[: len(framed.bos_ids)] == framed.bos_ids
+    assert kept[len(kept) - len(framed.eos_ids) :] == framed.eos_ids
     if not contexts.question_cut[0]:
         # A document's beginning, then all that stood from the question's separator on.
         head = next(at for at in range(length + 1) if at == length or kept[at] != whole[at])

@@ -92,6 +92,8 @@ def test_tokenizer_folder_says_nothing_about_settings_or_questions(tmp_path: Pat
 def test_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=str(tmp_path)):
         load_context_tokenizer(str(tmp_path))
+    with pytest.raises(TokenizerError, match="no folder"):
+        load_context_defaults(str(tmp_path / "nowhere"))
 
 
 def test_tokenizer_that_assembly_cannot_use_is_refused() -> None:

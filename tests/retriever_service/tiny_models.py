@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BartConfig, BertConfig, PreTrainedTokenizerFast, RagConfig
 
 WORDS = re.findall(
@@ -68,6 +68,21 @@ def bpe_tokenizer() -> PreTrainedTokenizerFast:
         cls_token="<s>",
         sep_token="</s>",
         model_max_length=512,
+    )
+
+
+def unigram_tokenizer() -> PreTrainedTokenizerFast:
+    """T5's way: SentencePiece unigram with a space mark, nothing before and </s> after; no bos."""
+    characters = sorted(set(string.printable.strip()))
+    pieces = [("▁", -2.0), *((f"▁{word}", -3.0) for word in WORDS), *((one, -6.0) for one in characters)]
+    backend = Tokenizer(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces], unk_id=2))
+    backend.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", model_max_length=512
     )
 
 
