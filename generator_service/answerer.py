@@ -100,9 +100,12 @@ class Answerer:
         retrieval: RetrievalClient | None,
         generator_tokenizer: TextTokenizer,
         metrics: GeneratorMetrics,
+        *,
+        question_pad_token_id: int,
     ) -> None:
         self._engine, self._retrieval = engine, retrieval
         self._tokenizer, self._metrics = generator_tokenizer, metrics
+        self._question_pad_token_id = question_pad_token_id
 
     async def encode(self, questions: Questions, stages: Stages) -> npt.NDArray[np.float32]:
         """question_hidden_states float32 [batch, dim]."""
@@ -126,7 +129,7 @@ class Answerer:
         hidden = await self.encode(questions, stages)
         started = time.perf_counter()
         width = max(len(ids) for ids in questions.input_ids)
-        padded = [ids + [0] * (width - len(ids)) for ids in questions.input_ids]
+        padded = [ids + [self._question_pad_token_id] * (width - len(ids)) for ids in questions.input_ids]
         retrieval = await self._retrieval.retrieve(
             hidden,
             texts=questions.texts,

@@ -68,7 +68,14 @@ async def serve(settings: GeneratorSettings, started: Callable[[int, int], None]
         ready = await engine.start()
         retrieval = _retrieval(settings, checkpoint, ready)
         server = GrpcServer(settings, service_names=[SERVICE_NAME], readiness=readiness, metrics=metrics)
-        answerer = Answerer(engine, retrieval, checkpoint.generator_tokenizer, generator_metrics)
+        question_tokenizer = checkpoint.question_tokenizer
+        answerer = Answerer(
+            engine,
+            retrieval,
+            checkpoint.generator_tokenizer,
+            generator_metrics,
+            question_pad_token_id=0 if question_tokenizer is None else question_tokenizer.pad_token_id,
+        )
         model = ServedModel(checkpoint, ready, [w.device for w in engine.workers], _limits(settings, ready))
         generator_service_pb2_grpc.add_GeneratorServiceServicer_to_server(
             GeneratorServicer(answerer, model), server.registrar

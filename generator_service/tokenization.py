@@ -45,6 +45,12 @@ class TextTokenizer:
         return len(self._tokenizer)
 
     @property
+    def pad_token_id(self) -> int:
+        """What shorter rows of a batch are filled with; decoding leaves it out."""
+        pad = self._tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    @property
     def digest(self) -> str:
         """As the retriever computes it; empty for a tokenizer that has no fast backend."""
         if not getattr(self._tokenizer, "is_fast", False):
