@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import queue
 import signal
 import socket
@@ -15,6 +14,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from generator_service.engine import messages
+from generator_service.engine.devices import memory_bytes, num_cores
 from generator_service.engine.engine_core import EngineCore
 from generator_service.engine.frames import receive_frame, send_frame
 from generator_service.engine.messages import (
@@ -65,7 +65,7 @@ class WorkerProcess:
         options = self._options
         device = torch.device(options.device)
         if device.type == "cpu":
-            torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+            torch.set_num_threads(options.threads or num_cores())
         loaded = load(options.source, device)
         budget = options.cache_budget_bytes or _automatic_budget(device)
         limits = SchedulerLimits(max_rows=options.max_rows, max_context_tokens=options.max_context_tokens)
@@ -137,7 +137,7 @@ def _automatic_budget(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _CUDA_SHARE)
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _CPU_SHARE)
+    return int(memory_bytes() * _CPU_SHARE)
 
 
 def _warm_up(core: EngineCore, loaded: LoadedModel) -> None:
