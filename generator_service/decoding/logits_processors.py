@@ -19,7 +19,6 @@ from transformers import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     NoRepeatNGramLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
@@ -40,7 +39,7 @@ _PROMPT_LENGTH = 1
 class EncoderRepetitionPenalty:
     """Favours tokens of the contexts: of its own for RAG-Sequence, of all the question's for RAG-Token.
 
-    Hugging Face's class reaches only the first rows of a beam search, so it is not used (docs/parity.md).
+    Hugging Face's class takes rows to have one context each, which RAG-Token's have not (docs/parity.md).
     """
 
     def __init__(self, penalty: float, context_token_ids: Tensor) -> None:
@@ -55,20 +54,37 @@ class EncoderRepetitionPenalty:
 
 
 class AllowedSequences:
-    """Tokens that may follow a prefix, from a set of allowed answers; anything else may only end."""
+    """Leaves the tokens that may follow a prefix, from a set of allowed answers; anything else may only end.
 
-    def __init__(self, sequences: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> None:
+    PrefixConstrainedLogitsProcessor of one search, whatever its number of rows: where other processors have forbidden
+    all that is allowed to a row (to all rows of a beam search, which compete), the allowed tokens are forced.
+    """
+
+    def __init__(
+        self, sequences: Sequence[Sequence[int]], eos_token_ids: Sequence[int], *, rows_compete: bool
+    ) -> None:
         self._root: dict[int, dict] = {}  # type: ignore[type-arg]  # a trie: token -> trie
         for sequence in sequences:
             node = self._root
             for token in sequence:
                 node = node.setdefault(token, {})
         self._end = list(eos_token_ids)
+        self._rows_compete = rows_compete
 
-    def __call__(self, _batch_id: int, input_ids: Tensor) -> list[int]:
-        """prefix_allowed_tokens_fn of transformers: input_ids begin with the start token."""
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids begin with the start token."""
+        mask = torch.full_like(scores, float("-inf"))
+        for row, prefix in enumerate(input_ids[:, _PROMPT_LENGTH:].tolist()):
+            mask[row, self._following(prefix)] = 0.0
+        allowed = scores + mask
+        stuck = allowed.amax(dim=1, keepdim=True).isneginf()
+        if self._rows_compete:
+            stuck = stuck.all()
+        return torch.where(stuck, mask, allowed)
+
+    def _following(self, prefix: Sequence[int]) -> list[int]:
         node = self._root
-        for token in input_ids[_PROMPT_LENGTH:].tolist():
+        for token in prefix:
             if token not in node:
                 return self._end
             node = node[token]
@@ -101,8 +117,9 @@ def build(settings: GenerationSettings, contexts: Sequence[Tensor], device: torc
             MinNewTokensLengthLogitsProcessor(_PROMPT_LENGTH, s.min_new_tokens, eos, device=str(device))
         )
     if s.allowed_sequences:
-        allowed = AllowedSequences(s.allowed_sequences, s.eos_token_ids)
-        processors.append(PrefixConstrainedLogitsProcessor(allowed, 1))
+        processors.append(
+            AllowedSequences(s.allowed_sequences, s.eos_token_ids, rows_compete=s.is_beam_search)
+        )
     return processors + _forced_and_suppressed(s, device)
 
 

@@ -210,13 +210,13 @@ class ModelRunner:
         if len(question.found) < len(work.contexts):
             return
         by_document = [question.found[d] for d in range(len(work.contexts))]
+        if not any(by_document):  # the processors left no answer at all
+            self._answer(request, [], outcome)
+            return
         if scoring.is_fast(work):
             self._answer(request, scoring.fast_hypotheses(work, by_document, question.log_prior), outcome)
             return
         candidates = scoring.candidates_of(work, by_document)
-        if not candidates:  # the processors left no answer at all
-            self._answer(request, [], outcome)
-            return
         self._candidates.append(
             scoring.start_candidates(request, candidates, question.contexts, self.backbone, self.device)
         )
