@@ -89,7 +89,8 @@ class RequestLimits:
             raise InvalidArgumentError(
                 "contexts.context_attention_mask", f"must have the shape {list(ids.shape)}", list(mask.shape)
             )
-        lengths = check_mask(mask, "contexts.context_attention_mask")
+        absent = np.isneginf(doc_scores).reshape(-1)  # a retriever pads such columns with empty contexts
+        lengths = check_mask(mask, "contexts.context_attention_mask", may_be_empty=absent)
         if self.max_positions is not None and int(lengths.max()) > self.max_positions:
             raise InvalidArgumentError(
                 "contexts.context_input_ids", f"at most {self.max_positions} tokens", int(lengths.max())
@@ -120,11 +121,14 @@ class RequestLimits:
         return min(self.max_answer_length, self.max_positions or self.max_answer_length)
 
 
-def check_mask(mask: npt.NDArray[np.int64], field: str) -> npt.NDArray[np.int64]:
-    """Each row is ones, at least one, then zeros; returns the rows' lengths."""
+def check_mask(
+    mask: npt.NDArray[np.int64], field: str, may_be_empty: npt.NDArray[np.bool_] | None = None
+) -> npt.NDArray[np.int64]:
+    """Each row is ones, at least one unless it may be empty, then zeros; returns the rows' lengths."""
     lengths: npt.NDArray[np.int64] = mask.sum(axis=1)
     runs = (np.arange(mask.shape[1])[None, :] < lengths[:, None]).astype(mask.dtype)
-    wrong = (runs != mask).any(axis=1) | (lengths == 0)
+    empty = (lengths == 0) if may_be_empty is None else (lengths == 0) & ~may_be_empty
+    wrong = (runs != mask).any(axis=1) | empty
     if wrong.any():
         row = int(np.nonzero(wrong)[0][0])
         raise InvalidArgumentError(
