@@ -141,6 +141,7 @@ def retrieval(response: retriever_service_pb2.RetrieveResponse) -> types.Retriev
         context_attention_mask=_optional_array(response, "context_attention_mask"),
         retrieved_doc_embeds=_optional_array(response, "retrieved_doc_embeds"),
         documents=documents,
+        question_truncated=list(response.question_truncated),
     )
 
 

@@ -165,7 +165,8 @@ class Scores:
 class Retrieval:
     """The documents of a batch and the generator's input made of them; None is what was not asked for.
 
-    `documents` are lists of at most n_docs, without the padding that the arrays have.
+    `documents` are lists of at most n_docs, without the padding that the arrays have; `question_truncated`
+    says of each question whether a context lost part of it, and is empty where contexts were skipped.
     """
 
     doc_scores: FloatArray
@@ -177,6 +178,7 @@ class Retrieval:
     context_attention_mask: IntArray | None = None
     retrieved_doc_embeds: FloatArray | None = None
     documents: list[list[Document]] | None = None
+    question_truncated: list[bool] = field(default_factory=list)
 
     def contexts(self) -> Contexts:
         """What the generator takes. Raises ValueError where contexts were skipped."""
