@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoTokenizer, RagSequenceForGeneration, RagTokenForGeneration
+from transformers import AutoModel, AutoTokenizer, RagTokenForGeneration
 
 from demo.assemble import ENCODER_DIR, assemble
 from demo.evaluation import exact_match, f1
 from demo.training.data.example import DOC_SEP, TITLE_SEP
 
 DEMO = Path(__file__).parents[1]
+MAX_LENGTH = 24
+SEP = 102
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -48,19 +50,22 @@ class Answerer:
     """Retrieves from the corpus and generates with RAG-Token or RAG-Sequence."""
 
     def __init__(self, folder: Path, strategy: str, n_docs: int, score_scale: float, num_beams: int) -> None:
-        kinds = {"RAG_TOKEN": RagTokenForGeneration, "RAG_SEQUENCE": RagSequenceForGeneration}
-        if not hasattr(RagSequenceForGeneration, "generation_config"):
-            RagSequenceForGeneration.generation_config = None  # type: ignore[assignment]
         self.strategy = strategy
         self.n_docs = n_docs
         self.score_scale = score_scale
         self.num_beams = num_beams
-        self.model: Any = kinds[strategy].from_pretrained(folder, dtype=torch.float32)
+        self.model: Any = RagTokenForGeneration.from_pretrained(folder, dtype=torch.float32)
         self.model.train(False)
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "generator_tokenizer")
         self.passages = read_lines(DEMO / "corpus.jsonl")
         self.encoder = Encoder()
         self.embeddings = self.encoder([f"{p['title']} {p['text']}" for p in self.passages])
+
+    def add(self, passage: dict[str, Any]) -> None:
+        """Add a passage to the index."""
+        self.passages.append(passage)
+        added = self.encoder([f"{passage['title']} {passage['text']}"])
+        self.embeddings = np.concatenate([self.embeddings, added])
 
     def retrieve(self, question: str) -> tuple[list[dict[str, Any]], torch.Tensor]:
         """Return the n_docs nearest passages and their scaled scores [1, n_docs]."""
@@ -74,18 +79,50 @@ class Answerer:
         passages, doc_scores = self.retrieve(question)
         contexts = [f"{p['title']}{TITLE_SEP}{p['text']}{DOC_SEP}{question}" for p in passages]
         batch = self.tokenizer(contexts, padding=True, truncation=True, max_length=300, return_tensors="pt")
-        arguments: dict[str, Any] = {
-            "context_input_ids": batch["input_ids"],
-            "context_attention_mask": batch["attention_mask"],
-            "doc_scores": doc_scores,
-            "n_docs": len(passages),
-            "num_beams": self.num_beams,
-            "max_length": 24,
-        }
-        if self.strategy == "RAG_SEQUENCE":
-            arguments.pop("n_docs")
-        output = self.model.generate(**arguments)
-        return str(self.tokenizer.decode(output[0], skip_special_tokens=True)), [p["key"] for p in passages]
+        generate = self.rag_token if self.strategy == "RAG_TOKEN" else self.rag_sequence
+        tokens = generate(batch["input_ids"], batch["attention_mask"], doc_scores)
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)), [p["key"] for p in passages]
+
+    def rag_token(self, ids: torch.Tensor, mask: torch.Tensor, doc_scores: torch.Tensor) -> torch.Tensor:
+        """Return the best beam of Hugging Face's RAG-Token."""
+        output: torch.Tensor = self.model.generate(
+            context_input_ids=ids,
+            context_attention_mask=mask,
+            doc_scores=doc_scores,
+            n_docs=len(ids),
+            num_beams=self.num_beams,
+            max_length=MAX_LENGTH,
+        )[0]
+        return output
+
+    def rag_sequence(self, ids: torch.Tensor, mask: torch.Tensor, doc_scores: torch.Tensor) -> torch.Tensor:
+        """Return the best sequence of thorough decoding: every document's beams, scored with all documents.
+
+        Written out, since Hugging Face's own drops the attention mask while it generates.
+        """
+        generator = self.model.generator
+        found = generator.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            num_beams=self.num_beams,
+            num_return_sequences=self.num_beams,
+            max_length=MAX_LENGTH,
+        )
+        found = torch.unique(found, dim=0)  # [candidates, length], filled up with [SEP] or pads
+        states = generator.model.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        scores: list[float] = []
+        for candidate in found:
+            target = candidate[: int((candidate == SEP).nonzero()[0]) + 1]
+            inputs = target[None, :-1].expand(len(ids), -1)
+            logits = generator(
+                encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=inputs
+            ).logits
+            token_scores = logits.log_softmax(-1)[
+                :, torch.arange(len(target) - 1), target[1:]
+            ]  # [n_docs, length]
+            scores.append(float(torch.logsumexp(doc_scores[0].log_softmax(0) + token_scores.sum(1), 0)))
+        best: torch.Tensor = found[int(np.argmax(scores))]
+        return best
 
 
 def evaluate(

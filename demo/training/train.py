@@ -23,7 +23,7 @@ from demo.training.objective import Losses, Objective
 REPORT_EVERY = 50
 WARMUP_STEPS = 40
 FINAL_RATE = 0.03
-MIX = (0.33, 0.3, 0.07, 0.3)
+MIX = (0.3, 0.37, 0.04, 0.29)
 POINTER = "pointer.safetensors"
 DEMO = Path(__file__).parents[1]
 
@@ -146,7 +146,7 @@ def train(options: argparse.Namespace) -> None:
                 line = {"step": step, "s": round(seconds), "tokens": num_tokens, **mean(recent)}
                 print(json.dumps(line), file=log, flush=True)
                 recent.clear()
-            if step % (4 * REPORT_EVERY) == 0:
+            if step % (2 * REPORT_EVERY) == 0:
                 save(objective, tokenizer, options.output / "latest")
     save(objective, tokenizer, options.output / "latest")
 

@@ -128,4 +128,9 @@ LISTS: dict[str, list[str]] = {
         engine, the death of the king, rising fuel prices, a lightning strike, a failed harvest, a long
         drought"""
     ),
+    "thing": listed(
+        """boat, castle, inn, bridge, rock, island, valley, theatre, school, bell, bear, dog, fish, tree, flower, gate,
+        village, library, crater, tower, lake, glacier, house, horse, star, comet, engine, statue, temple, market,
+        tomb, hill, palace, street, garden, hotel, canal, fox, swan, giant, cave"""
+    ),
 }
