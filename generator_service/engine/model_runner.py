@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -54,6 +55,8 @@ class ModelRunner:
         self._questions: dict[int, _Question] = {}
         self._candidates: list[scoring.CandidateScoring] = []
         self._targets: list[scoring.TargetScoring] = []
+        # contexts that some running question holds: an equal one of another question is not encoded again
+        self._encoded: WeakValueDictionary[tuple[int, ...], ContextStates] = WeakValueDictionary()
 
     @torch.inference_mode()
     def execute(self, schedule: Schedule) -> StepOutcome:
@@ -91,14 +94,14 @@ class ModelRunner:
             )
 
     def _admit(self, requests: Sequence[Request]) -> None:
-        contexts = [self._ids(c) for r in requests for c in self._context_ids(r)]
-        if not contexts:
-            return
-        states = iter(self.backbone.encode(contexts))
-        ids = iter(contexts)
+        wanted = {tuple(c): self._ids(c) for r in requests for c in self._context_ids(r)}
+        new = {key: ids for key, ids in wanted.items() if key not in self._encoded}
+        # held here until every request has its own: the dictionary alone keeps nothing alive
+        states = self.backbone.encode(list(new.values())) if new else []
+        self._encoded.update(zip(new, states, strict=True))
         for request in requests:
-            count = len(self._context_ids(request))
-            self._start(request, [next(states) for _ in range(count)], [next(ids) for _ in range(count)])
+            keys = [tuple(c) for c in self._context_ids(request)]
+            self._start(request, [self._encoded[key] for key in keys], [wanted[key] for key in keys])
 
     @staticmethod
     def _context_ids(request: Request) -> list[list[int]]:

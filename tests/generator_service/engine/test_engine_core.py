@@ -141,3 +141,26 @@ def test_messages_survive_the_wire() -> None:
     assert messages.decode_command(messages.encode(sent)) == sent
     report = Failed(request_id=1, status="UNAVAILABLE", message="é")
     assert messages.decode_report(messages.encode(report)) == report
+
+
+def test_equal_contexts_of_running_questions_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny_rag("bart").backbone
+    encoded: list[list[int]] = []
+    encode = type(backbone).encode
+
+    def counting(self: Any, contexts: Any) -> Any:
+        encoded.extend(c.tolist() for c in contexts)
+        return encode(self, contexts)
+
+    monkeypatch.setattr(type(backbone), "encode", counting)
+    engine = core()
+    engine.add_request(work(1))
+    engine.step()
+    engine.add_request(work(2, contexts=[[8, 9], [10, 11]]))
+    engine.add_request(work(3, contexts=[[10, 11], [5, 6, 7]]))
+    reports = drained(engine)
+    assert len(reports) == 3
+    assert sorted(encoded) == [[5, 6, 7], [8, 9], [10, 11]]
+    engine.add_request(work(4))
+    drained(engine)
+    assert len(encoded) == 5, "contexts go with the last question that holds them"
