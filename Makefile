@@ -11,6 +11,9 @@ TORCH_VERSION ?= 2.13.0
 TORCH_INDEX_URL ?=
 EXTRAS ?= cpu,demo,dev
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+QUICK ?=
+JSON ?=
 Q ?=
 
 comma := ,
@@ -22,7 +25,7 @@ say = @printf '\033[1m==> %s\033[0m\n' $(1)
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: venv
 venv: $(VENV_STAMP) ## create .venv with the locked dependencies (TORCH_INDEX_URL= picks another torch build)
@@ -64,6 +67,10 @@ demo-index: setup ## build the index of the demo corpus
 .PHONY: eval-demo
 eval-demo: setup ## measure the demo's exact match through the running pair
 	@$(BIN)/python -m demo.evaluate
+
+.PHONY: bench-engine
+bench-engine: setup ## the engine against Hugging Face (QUICK=1 the smaller part, JSON=file writes rows)
+	@$(BIN)/python -m bench.micro.engine $(if $(QUICK),--quick) $(if $(JSON),--json "$(JSON)") $(BENCH_ARGS)
 
 .PHONY: lint
 lint: setup lint-python lint-proto lint-deploy ## all linters: ruff, mypy, import-linter, buf, hadolint, kubernetes-validate

@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--options", type=WorkerOptions.from_json, required=True)
     arguments = parser.parse_args()
     configure_logging(arguments.options.log_level, arguments.options.log_format)
-    disable_progress_bar()  # of loading weights: a log is no terminal
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights: a log is no terminal
     for number in (signal.SIGINT, signal.SIGTERM):  # the service stops us, once it has drained
         signal.signal(number, signal.SIG_IGN)
     WorkerProcess(socket.socket(fileno=arguments.fd), arguments.options).run()

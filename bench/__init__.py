@@ -1,0 +1,1 @@
+"""Measurements side by side with Hugging Face; every figure in docs/benchmarks.md comes from here."""

@@ -1,0 +1,195 @@
+"""Questions a second of the engine and of Hugging Face's classes, in one run: `make bench-engine`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import RagSequenceForGeneration, RagTokenForGeneration
+from transformers.utils import logging as transformers_logging
+
+from bench.micro.workload import Questions, Shape, generator, questions, rag
+from generator_service.engine.messages import GenerateAnswer
+from generator_service.engine.model_runner import ModelRunner
+from generator_service.engine.request import Request
+from generator_service.engine.scheduler import Schedule
+from generator_service.model.loader import as_backbone
+from generator_service.types import Compatibility, GenerationSettings, SequenceDecoding, Strategy
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: questions a second of both sides, and their ratio."""
+
+    model: str
+    strategy: str
+    mode: str
+    dtype: str
+    threads: int
+    n_docs: int
+    beams: int
+    batch: int
+    ours_qps: float
+    hf_qps: float
+    ratio: float
+
+
+class Engine:
+    """Our side, in this process: a model runner without the service around it."""
+
+    def __init__(self, model: Any, shape: Shape) -> None:
+        self._runner = ModelRunner(as_backbone(model), None, torch.device("cpu"))
+        self._config, self._shape = model.config, shape
+        self._ids = itertools.count()
+
+    def answer(self, batch: Questions, strategy: Strategy, compatibility: Compatibility) -> None:
+        """Answer a batch of questions that arrive together."""
+        requests = list(self._requests(batch, strategy, compatibility))
+        schedule, answered = Schedule(admit=requests), 0
+        while answered < len(requests):
+            answered += len(self._runner.execute(schedule).answered)
+            schedule = Schedule()
+
+    def _requests(
+        self, batch: Questions, strategy: Strategy, compatibility: Compatibility
+    ) -> Iterator[Request]:
+        n_docs, config = self._shape.n_docs, self._config
+        settings = GenerationSettings(
+            max_length=self._shape.answer_length + 1,
+            min_length=self._shape.answer_length + 1,
+            num_beams=self._shape.num_beams,
+            decoder_start_token_id=config.decoder_start_token_id,
+            eos_token_ids=(config.eos_token_id,),
+            pad_token_id=config.pad_token_id,
+            bos_token_id=config.bos_token_id,
+        )
+        for index, scores in enumerate(batch.doc_scores.tolist()):
+            rows = range(index * n_docs, (index + 1) * n_docs)
+            yield Request(
+                GenerateAnswer(
+                    request_id=next(self._ids),
+                    strategy=strategy,
+                    sequence_decoding=SequenceDecoding.THOROUGH,
+                    compatibility=compatibility,
+                    settings=settings,
+                    contexts=[batch.input_ids[r][batch.attention_mask[r].bool()].tolist() for r in rows],
+                    padded_contexts=[batch.input_ids[r].tolist() for r in rows],
+                    doc_scores=scores,
+                    do_deduplication=True,
+                    exclude_bos_score=True,
+                )
+            )
+
+
+def hugging_face(model: Any, shape: Shape, strategy: Strategy) -> Callable[[Questions], None]:
+    """The other side: generate of the class, on the contexts padded as RagRetriever pads them."""
+    cls = RagTokenForGeneration if strategy is Strategy.RAG_TOKEN else RagSequenceForGeneration
+    whole = rag(cls, model, shape.n_docs)
+    length = shape.answer_length + 1
+
+    def answer(batch: Questions) -> None:
+        whole.generate(
+            context_input_ids=batch.input_ids,
+            context_attention_mask=batch.attention_mask,
+            doc_scores=batch.doc_scores,
+            num_beams=shape.num_beams,
+            max_length=length,
+            min_length=length,
+            n_docs=shape.n_docs,
+        )
+
+    return answer
+
+
+def seconds(work: Callable[[], None], repeat: int) -> float:
+    """The least time of several runs: the one that the machine disturbed least."""
+    times = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def measure(family: str, shape: Shape, batches: list[int], *, quick: bool, threads: int) -> Iterator[Row]:
+    """Both sides on the same questions, one after the other."""
+    model = generator(family)
+    engine = Engine(model, shape)
+    cases = [
+        (Strategy.RAG_SEQUENCE, Compatibility.MASKED),
+        (Strategy.RAG_SEQUENCE, Compatibility.HF),
+        (Strategy.RAG_TOKEN, Compatibility.MASKED),
+    ]
+    theirs: dict[tuple[Strategy, int], float] = {}
+    for batch, (strategy, mode) in itertools.product(batches, cases):
+        asked = questions(shape, batch, model.config.vocab_size, model.config.pad_token_id)
+        if (strategy, batch) not in theirs:
+            # RagSequence goes through a batch question by question, so that one tells its speed
+            one = asked if strategy is Strategy.RAG_TOKEN else questions(shape, 1, model.config.vocab_size, 1)
+            other = hugging_face(model, shape, strategy)
+            took = seconds(lambda other=other, one=one: other(one), 1)
+            theirs[strategy, batch] = len(one.doc_scores) / took
+        ours = batch / seconds(
+            lambda asked=asked, strategy=strategy, mode=mode: engine.answer(asked, strategy, mode),
+            1 if quick else 2,
+        )
+        hf = theirs[strategy, batch]
+        yield Row(
+            family,
+            strategy.value,
+            mode.value,
+            "float32",
+            threads,
+            shape.n_docs,
+            shape.num_beams,
+            batch,
+            ours,
+            hf,
+            ours / hf,
+        )
+
+
+def main() -> None:
+    """Print the table; with JSON=file write its rows; QUICK=1 measures the smaller part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--quick", action="store_true", help="one model, fewer repetitions")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--models", nargs="+", default=None, choices=["bart-base", "bart-large", "t5-base"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    arguments = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(arguments.threads)
+    models = arguments.models or (["bart-base"] if arguments.quick else ["bart-base", "t5-base"])
+    table = Table(
+        title=f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {arguments.threads} threads"
+    )
+    for name in Row.__dataclass_fields__:
+        table.add_column(name)
+    rows = []
+    for family in models:
+        for row in measure(
+            family, Shape(), arguments.batches, quick=arguments.quick, threads=arguments.threads
+        ):
+            rows.append(row)
+            cells = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in asdict(row).values()]
+            table.add_row(*cells)
+            Console(stderr=True).print(" ".join(cells))
+    Console().print(table)
+    if arguments.json is not None:
+        arguments.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
