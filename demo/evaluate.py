@@ -202,7 +202,8 @@ def main() -> None:
     """The command: python -m demo.evaluate."""
     settings = demo_settings(EvaluateSettings, "demo.evaluate")
     console = Console()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell ignores SIGINT for what it runs with &
+        signal.signal(number, signal.default_int_handler)
     try:
         evaluate(settings, console)
     except KeyboardInterrupt:

@@ -57,14 +57,15 @@ def show_addresses(pair: Pair, console: Console) -> None:
         console.print(f"{service.name:<11}gRPC {service.grpc}   HTTP http://{service.http}", highlight=False)
     port = int(pair.generator.grpc.rsplit(":", 1)[1])
     where = "" if port == _DEFAULT_GENERATOR_PORT else f"RAG_CLIENT_GENERATOR={pair.generator.grpc} "
-    console.print(f'ask        {where}make ask Q="Which river flows through Paris?"', highlight=False)
+    console.print(f'ask        {where}make ask Q="How many hearts does an octopus have?"', highlight=False)
 
 
 def main() -> None:
     """The command: python -m demo.run."""
     settings = demo_settings(RunSettings, "demo.run")
     console = Console()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell ignores SIGINT for what it runs with &
+        signal.signal(number, signal.default_int_handler)
     try:
         run(settings, console)
     except KeyboardInterrupt:

@@ -52,7 +52,11 @@ class RunSettings(DemoSettings):
     retriever_http_port: int = Field(8051, ge=0, le=65535, description="0 takes a free one")
     generator_grpc_port: int = Field(50052, ge=0, le=65535, description="0 takes a free one")
     generator_http_port: int = Field(8052, ge=0, le=65535, description="0 takes a free one")
-    question: str = Field("What is Peru's capital city?", min_length=1, description="what is asked first")
+    question: str = Field(
+        "Which country is today's largest producer of uranium?",
+        min_length=1,
+        description="what is asked first",
+    )
     once: bool = Field(False, description="stop after the answer (ONCE=1)")
 
 

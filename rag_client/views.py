@@ -97,9 +97,7 @@ def status_view(
             continue
         facts = Table.grid(padding=(0, 2))
         for name in described.__dataclass_fields__:
-            value = getattr(described, name)
-            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-            facts.add_row(Text(name, style="dim"), Text(repr(shown) if shown == "" else str(shown)))
+            facts.add_row(Text(name, style="dim"), Text(_fact(getattr(described, name))))
         parts += [Text(), Text(title, style="bold"), Padding(facts, (0, 0, 0, 2))]
     return Group(*parts)
 
@@ -110,6 +108,15 @@ def share_bar(share: float) -> Text:
     full, rest = divmod(eighths, 8)
     bar = "█" * full + (_EIGHTHS[rest] if rest else "")
     return Text.assemble((bar.ljust(_BAR_CELLS), "cyan"), f" {share:6.1%}")
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={one}" for name, one in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    text = str(value)
+    return text if text and text == text.strip() else repr(text)
 
 
 def _quote(span: AnswerSpan, document: RetrievedDocument) -> Text:
