@@ -156,8 +156,8 @@ def figures_table(rows: Sequence[Row], seconds: dict[str, float]) -> Table:
     """The figures in percent."""
     table = Table(title="through the running pair", title_justify="left")
     for name in ("strategy", "split"):
-        table.add_column(name)
-    for name in ("questions", "exact match", "F1", "recall of the passage", "questions/s"):
+        table.add_column(name, no_wrap=True)
+    for name in ("questions", "exact match", "F1", "recall", "per second"):
         table.add_column(name, justify="right")
     for row in rows:
         speed = f"{row.questions / seconds[row.strategy]:.1f}" if row.split == "all" else ""

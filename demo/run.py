@@ -57,7 +57,11 @@ def show_addresses(pair: Pair, console: Console) -> None:
         console.print(f"{service.name:<11}gRPC {service.grpc}   HTTP http://{service.http}", highlight=False)
     port = int(pair.generator.grpc.rsplit(":", 1)[1])
     where = "" if port == _DEFAULT_GENERATOR_PORT else f"RAG_CLIENT_GENERATOR={pair.generator.grpc} "
-    console.print(f'ask        {where}make ask Q="How many hearts does an octopus have?"', highlight=False)
+    console.print(
+        f'ask        {where}make ask Q="How many hearts does an octopus have?"',
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def main() -> None:
