@@ -45,6 +45,12 @@ class QueueFullError(ResourceExhaustedError):
     reason = "QUEUE_FULL"
 
 
+class DeviceTooSmallError(ResourceExhaustedError):
+    """The device has no memory for the question, even alone."""
+
+    reason = "DEVICE_TOO_SMALL"
+
+
 class RetrieverUnavailableError(UnavailableError):
     """The retriever cannot be reached, or says that it is not ready."""
 
@@ -68,6 +74,8 @@ def error_of(report: Failed) -> RagError:
     match report.status:
         case "INVALID_ARGUMENT":
             return InvalidArgumentError("generation_config", report.message, reason="TOO_LARGE_FOR_DEVICE")
+        case "RESOURCE_EXHAUSTED":
+            return DeviceTooSmallError(report.message, 1.0)
         case "DEADLINE_EXCEEDED":
             return DeadlineExceededError(report.message)
         case _:

@@ -8,11 +8,16 @@ from collections import defaultdict
 
 from generator_service.engine.cache_manager import CacheManager
 from generator_service.engine.messages import Encoded, Failed, Generated, Report, Scored, Stats, Work
-from generator_service.engine.model_runner import ModelRunner, StepOutcome
+from generator_service.engine.model_runner import DeviceMemoryError, ModelRunner, StepOutcome
 from generator_service.engine.request import Request, RequestState
-from generator_service.engine.scheduler import Scheduler, SchedulerLimits
+from generator_service.engine.scheduler import Schedule, Scheduler, SchedulerLimits
 
 logger = logging.getLogger(__name__)
+
+_DEVICE_FAILED = "the device failed while it worked on this question; the log has the cause"
+_DEVICE_TOO_SMALL = (
+    "the device ran out of memory with this question alone: ask with fewer documents, beams or tokens"
+)
 
 
 class EngineCore:
@@ -67,9 +72,12 @@ class EngineCore:
         ]
         try:
             outcome = self._runner.execute(schedule)
+        except DeviceMemoryError:
+            return reports + self._shed(schedule)
         except Exception:
             logger.exception("a step failed; its requests are given up")
-            return reports + self._give_up([*schedule.encode, *self._scheduler.running.values()])
+            doomed = [*schedule.encode, *self._scheduler.running.values()]
+            return reports + self._give_up(doomed, "UNAVAILABLE", _DEVICE_FAILED)
         self._steps += 1
         self._tokens += outcome.tokens
         for part, seconds in outcome.part_s.items():
@@ -110,16 +118,19 @@ class EngineCore:
             reports.append(Scored(request_id=request.request_id, score=score))
         return reports
 
-    def _give_up(self, requests: list[Request]) -> list[Report]:
+    def _shed(self, schedule: Schedule) -> list[Report]:
+        """Begin all running questions anew, fewer at a time: an answer does not depend on its company."""
+        running = list(self._scheduler.running.values())
+        logger.warning("the device is out of memory", extra={"questions": len(running)})
+        for request in running:
+            self._runner.forget(request.request_id)
+        hopeless = self._scheduler.shed(schedule.encode)
+        return self._give_up(hopeless, "RESOURCE_EXHAUSTED", _DEVICE_TOO_SMALL)
+
+    def _give_up(self, requests: list[Request], status: str, message: str) -> list[Report]:
         reports: list[Report] = []
         for request in requests:
             self._runner.forget(request.request_id)
             self._scheduler.finish(request, RequestState.FINISHED_FAILED)
-            reports.append(
-                Failed(
-                    request_id=request.request_id,
-                    status="UNAVAILABLE",
-                    message="the device failed while it worked on this question; the log has the cause",
-                )
-            )
+            reports.append(Failed(request_id=request.request_id, status=status, message=message))
         return reports

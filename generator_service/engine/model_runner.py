@@ -23,6 +23,12 @@ from generator_service.model.kv_cache import ContextStates
 from generator_service.model.question_encoder import QuestionEncoder
 from generator_service.types import Hypothesis, QuestionScore, Strategy
 
+_CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
+
+class DeviceMemoryError(Exception):
+    """A step needed more memory than the device has."""
+
 
 @dataclass
 class StepOutcome:
@@ -58,9 +64,22 @@ class ModelRunner:
         # contexts that some running question holds: an equal one of another question is not encoded again
         self._encoded: WeakValueDictionary[tuple[int, ...], ContextStates] = WeakValueDictionary()
 
-    @torch.inference_mode()
     def execute(self, schedule: Schedule) -> StepOutcome:
-        """One step: drop, encode, admit, decode, update."""
+        """One step: drop, encode, admit, decode, update.
+
+        Raises DeviceMemoryError where the device has no memory for it: the running questions are then to be forgotten.
+        """
+        try:
+            return self._execute(schedule)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError from error
+        except RuntimeError as error:
+            if _CPU_OUT_OF_MEMORY in str(error):
+                raise DeviceMemoryError from error
+            raise
+
+    @torch.inference_mode()
+    def _execute(self, schedule: Schedule) -> StepOutcome:
         outcome = StepOutcome()
         for request in schedule.dropped:
             self.forget(request.request_id)

@@ -12,7 +12,7 @@ class WaitingQueue:
     """A heap of requests; aborted ones are forgotten lazily."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[int, int, Request]] = []
+        self._heap: list[tuple[int, float, int, Request]] = []
         self._order = itertools.count()
         self._members: dict[int, Request] = {}
 
@@ -20,15 +20,15 @@ class WaitingQueue:
         return len(self._members)
 
     def push(self, request: Request) -> None:
-        """Add a request; lower priorities go first."""
+        """Add a request; lower priorities go first, and among equals the one that came first."""
         self._members[request.request_id] = request
-        heapq.heappush(self._heap, (request.work.priority, next(self._order), request))
+        heapq.heappush(self._heap, (request.work.priority, request.arrived_s, next(self._order), request))
 
     def peek(self) -> Request | None:
         """The request that goes next."""
-        while self._heap and self._heap[0][2].request_id not in self._members:
+        while self._heap and self._heap[0][-1].request_id not in self._members:
             heapq.heappop(self._heap)
-        return self._heap[0][2] if self._heap else None
+        return self._heap[0][-1] if self._heap else None
 
     def pop(self) -> Request:
         """Take the request that goes next; the queue must not be empty."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from generator_service.engine.cache_manager import CacheManager
@@ -37,6 +38,7 @@ class Scheduler:
         self.running: dict[int, Request] = {}
         self.cache = cache
         self._limits = limits
+        self._row_limit = limits.max_rows
         self._aborted: list[Request] = []
 
     def add_request(self, request: Request) -> None:
@@ -66,8 +68,28 @@ class Scheduler:
 
     def finish(self, request: Request, state: RequestState) -> None:
         """The request needs no more steps."""
+        if state is RequestState.FINISHED_ANSWERED:
+            self._row_limit = min(self._limits.max_rows, self._row_limit + request.max_rows)
         request.state = state
         self._forget(request)
+
+    def shed(self, interrupted: Sequence[Request]) -> list[Request]:
+        """The device ran out of memory in a step: everybody waits again, and fewer will run at once.
+
+        interrupted are the requests that the step was to encode. Returns the one request that ran alone, which no
+        smaller step can help. The limit grows back as questions are answered, so that there is always progress.
+        """
+        running = list(self.running.values())
+        self._row_limit = max(1, self.num_rows // 2)
+        hopeless = running if len(running) == 1 and not interrupted else []
+        for request in running:
+            self._forget(request)
+            if request not in hopeless:
+                request.state = RequestState.WAITING
+                self.waiting.push(request)
+        for request in interrupted:
+            self.waiting.push(request)
+        return hopeless
 
     @property
     def num_rows(self) -> int:
@@ -99,7 +121,7 @@ class Scheduler:
                 continue
             rows += request.max_rows
             tokens += sum(request.context_lengths)
-            if self.running and rows > self._limits.max_rows:
+            if self.running and rows > self._row_limit:
                 return
             if schedule.admit and tokens > self._limits.max_context_tokens:
                 return

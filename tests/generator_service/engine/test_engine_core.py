@@ -164,3 +164,51 @@ def test_equal_contexts_of_running_questions_are_encoded_once(monkeypatch: pytes
     engine.add_request(work(4))
     drained(engine)
     assert len(encoded) == 5, "contexts go with the last question that holds them"
+
+
+def test_out_of_memory_splits_the_batch_and_every_question_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = core()
+    for request_id in range(6):
+        expected.add_request(work(request_id, contexts=[[5 + request_id, 6, 7], [8, 9]]))
+    answers = {r.request_id: r.hypotheses for r in drained(expected) if isinstance(r, Generated)}
+
+    backbone = tiny_rag("bart").backbone
+    decode, refused = type(backbone).decode, []
+
+    def small_device(self: Any, batch: Any) -> Any:
+        if sum(block.num_rows for block in batch.blocks) > 80:
+            refused.append(batch)
+            raise torch.OutOfMemoryError
+        return decode(self, batch)
+
+    monkeypatch.setattr(type(backbone), "decode", small_device)
+    engine = core()
+    for request_id in range(6):
+        engine.add_request(work(request_id, contexts=[[5 + request_id, 6, 7], [8, 9]]))
+    reports = [r for r in drained(engine) if isinstance(r, Generated)]
+    assert refused
+    assert {r.request_id for r in reports} == set(range(6))
+    for report in reports:
+        for ours, theirs in zip(report.hypotheses, answers[report.request_id], strict=True):
+            assert ours.token_ids == theirs.token_ids
+            assert ours.score == pytest.approx(theirs.score, abs=1e-5)
+    assert engine.stats().cache_bytes == 0
+
+
+def test_a_question_that_alone_exhausts_the_device_is_refused_and_the_worker_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = core()
+    engine.add_request(work(1))
+
+    def full(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny_rag("bart").backbone), "encode", full)
+        reports = drained(engine)
+    assert [(type(r), r.status) for r in reports if isinstance(r, Failed)] == [(Failed, "RESOURCE_EXHAUSTED")]
+    engine.add_request(work(2))
+    assert [type(r) for r in drained(engine)] == [Generated]
