@@ -110,7 +110,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         stages = Stages()
         self._check_has_target(request)
         _, contexts = await self._contexts(request, stages, pad_token_id=None)
-        labels = self._read_labels(request, len(contexts), pad)
+        labels = self._read_labels(request, len(contexts), pad, compatibility)
         scores = await self._answerer.score(
             contexts,
             labels,
@@ -237,7 +237,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             raise InvalidArgumentError("target", "one of its fields must be set")
 
     def _read_labels(
-        self, request: generator_service_pb2.ScoreRequest, batch: int, pad: int
+        self, request: generator_service_pb2.ScoreRequest, batch: int, pad: int, compatibility: Compatibility
     ) -> list[list[int]]:
         if request.WhichOneof("target") == "labels":
             labels = wire.read_labels(request)
@@ -249,6 +249,10 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
                 "target_texts.texts", f"needs one target for each of {batch} questions", len(texts)
             )
         rows = self._checkpoint.generator_tokenizer.encode_targets(texts)
+        if compatibility is Compatibility.MASKED:
+            # labels begin with what decoding starts from; Hugging Face takes the tokenizer's ids as they are
+            start = self._defaults.resolve({}, self._checkpoint.default_strategy, 0).decoder_start_token_id
+            rows = [row if row[:1] == [start] else [start, *row] for row in rows]
         for index, row in enumerate(rows):
             if len(row) > self._limits.max_target_length:
                 raise InvalidArgumentError(
