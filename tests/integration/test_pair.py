@@ -1,5 +1,6 @@
 """The running pair: what it answers, held against Hugging Face on the contexts that its retriever returned."""
 
+import asyncio
 import functools
 import json
 from pathlib import Path
@@ -13,14 +14,17 @@ from typer.testing import CliRunner
 from rag_client import (
     GENERATOR_SERVICE,
     RETRIEVER_SERVICE,
+    AsyncRagClient,
     Contexts,
     Generation,
     Health,
     QuestionTokens,
     RagClient,
     Strategy,
+    TimedOutError,
 )
 from rag_client.cli import app
+from rag_client.options import GenerateOptions
 from tests.integration.conftest import TinyPair
 from tests.integration.tiny_pair import ARGUMENTS, EMBEDDING_MODEL, N_DOCS, QUESTIONS, tokenizer
 
@@ -149,6 +153,41 @@ def test_a_batch_answers_as_its_questions_alone(client: RagClient) -> None:
     for place, question in enumerate(QUESTIONS):
         alone = client.generate(question, **ARGUMENTS)
         assert token_ids(alone) == [one.token_ids for one in together.answers[place].hypotheses]
+
+
+async def test_concurrent_requests_of_all_kinds_answer_as_they_do_alone(pair: TinyPair) -> None:
+    kinds: list[GenerateOptions] = [
+        {"max_length": 5},
+        {"max_length": 12, "num_beams": 3, "strategy": "RAG_TOKEN"},
+        {"max_length": 9, "num_beams": 2, "strategy": "RAG_SEQUENCE", "n_docs": 2},
+        {"max_length": 12, "do_sample": True, "top_k": 0, "seed": 5},
+        {"max_length": 7, "num_beams": 4, "compatibility": "HF", "strategy": "RAG_SEQUENCE"},
+    ]
+    calls = [(question, options) for question in QUESTIONS for options in kinds] * 2
+    async with AsyncRagClient(pair.generator.grpc, timeout_s=60) as client:
+        alone = [await client.generate(question, **options) for question, options in calls[: len(calls) // 2]]
+        together = await asyncio.gather(
+            *(client.generate(question, **options) for question, options in calls)
+        )
+    for one, other in zip(alone * 2, together, strict=True):
+        assert token_ids(one) == token_ids(other)
+
+
+async def test_work_that_nobody_waits_for_any_more_does_not_stop_the_rest(pair: TinyPair) -> None:
+    async with AsyncRagClient(pair.generator.grpc, timeout_s=60) as client:
+        abandoned = [
+            asyncio.create_task(client.generate(QUESTIONS * 10, max_length=60, min_length=59, num_beams=8))
+            for _ in range(3)
+        ]
+        await asyncio.sleep(0.3)
+        for task in abandoned[:2]:
+            task.cancel()
+        with pytest.raises(TimedOutError):
+            await client.generate(QUESTIONS * 10, max_length=60, min_length=59, num_beams=8, timeout_s=0.2)
+        assert (await client.generate("ti", max_length=5)).answers[0].hypotheses
+        assert len((await abandoned[2]).answers) == 30
+        outcomes = await asyncio.gather(*abandoned[:2], return_exceptions=True)
+    assert all(isinstance(one, asyncio.CancelledError) for one in outcomes)
 
 
 def test_doc_scores_are_the_inner_products(client: RagClient) -> None:

@@ -33,7 +33,7 @@ def test_ask_prints_the_answer_its_probability_and_its_documents(pair: FakePair)
     result = runner.invoke(app, ["ask", "Which is the capital of France?", "--n-docs", "2"])
     assert result.exit_code == 0, result.output
     assert "Paris   log p = -0.250" in result.output
-    assert "has been the capital of France" in result.output
+    assert "Paris has been the capital of…  (France)" in result.output
     assert "75.0%" in result.output
     assert "Europe [sic]" in result.output
     assert "lyon" in result.output
