@@ -4,20 +4,23 @@ import argparse
 import difflib
 import json
 import os
-import sys
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from enum import EnumType
+from functools import partial
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
+import pydantic_settings
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 SettingsT = TypeVar("SettingsT", bound=BaseModel)
+# Name of each value that a source holds -> the value as written there, and what the source calls it.
+Found = dict[str, tuple[Any, str]]
 
 
 class ServiceSettings(BaseModel):
@@ -62,26 +65,55 @@ def load_settings(
     """Returns the settings; a flag wins over the environment, that over the file, that over the default.
 
     A field `grpc_port` is the flag --grpc-port, the variable {env_prefix}GRPC_PORT and the key grpc_port of
-    the YAML or TOML file that --config or {env_prefix}CONFIG names. An empty variable counts as not set.
-    Lists are written as JSON or with commas. Prints a message and exits with status 2 on an unknown name or
-    a wrong value, with status 0 after --help. `argv` and `environ` default to those of the process.
+    the YAML or TOML file that --config or {env_prefix}CONFIG names. An empty variable counts as not set, and
+    `none` as None where a setting may be None. Lists are written as JSON or with commas. Prints a message and
+    exits with status 2 on an unknown name or a wrong value, with status 0 after --help. `argv` and `environ`
+    default to those of the process.
     """
-    environ = os.environ if environ is None else environ
-    parser = _parser(cls, env_prefix, program)
-    flags = vars(parser.parse_args(argv))
-    config = flags.pop("config") or environ.get(f"{env_prefix}CONFIG")
-    found: dict[str, tuple[Any, str]] = {}
+
+    # What the sources look for. `cls` stays a plain model, which reads nothing when it is made directly.
+    class Sources(cls, pydantic_settings.BaseSettings):  # type: ignore[valid-type, misc]
+        model_config = pydantic_settings.SettingsConfigDict(
+            env_prefix=env_prefix,
+            cli_kebab_case=True,
+            cli_show_env_vars=True,
+            cli_hide_none_type=True,
+            cli_parse_none_str="none",
+            enable_decoding=False,  # the library reads a variable's list as JSON alone; _parsed also splits it
+        )
+        config: Path | None = Field(None, description="YAML or TOML file of settings")
+
+    parser = argparse.ArgumentParser(
+        prog=program,
+        usage="%(prog)s [--FLAG VALUE ...]",
+        description=(cls.__doc__ or "").strip(),
+        epilog="A flag wins over its environment variable, that over the file, that over the default.",
+        allow_abbrev=False,
+    )
+    flags = pydantic_settings.CliSettingsSource[Any](
+        Sources, root_parser=parser, add_argument_method=partial(_add_flag, Sources.model_fields)
+    )
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = _hint(unknown[0].lstrip("-").replace("-", "_"), Sources.model_fields, flag_name)
+        _fail(parser, f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    found = _from_environment(Sources, os.environ if environ is None else environ)
+    # The library takes `none` for None whatever the setting; _parsed looks whether it may be None.
+    said = flags(parsed_args=known)()
+    found |= {name: ("none" if text is None else text, flag_name(name)) for name, text in said.items()}
+    config, _ = found.pop("config", (None, ""))
     try:
         if config:
-            found.update(_from_file(cls, Path(config)))
-        found.update(_from_environment(cls, env_prefix, environ))
-        found.update({name: (text, flag_name(name)) for name, text in flags.items() if text is not None})
-        values = {name: _parsed(cls.model_fields[name], raw) for name, (raw, _) in found.items()}
+            found = _from_file(Sources, Path(config)) | found
+        values = {name: _parsed(cls.model_fields.get(name), raw) for name, (raw, _) in found.items()}
         return cls.model_validate(values)
     except ValidationError as error:
-        _fail(parser, [_explained(problem, found) for problem in error.errors()])
+        problems = error.errors()
+        # What is missing may be what a misspelt name was to say, so unknown names are told alone.
+        extra = [one for one in problems if one["type"] == "extra_forbidden"]
+        _fail(parser, *(_explained(one, found, cls.model_fields, env_prefix) for one in extra or problems))
     except ValueError as error:
-        _fail(parser, [str(error)])
+        _fail(parser, str(error))
 
 
 def flag_name(field: str) -> str:
@@ -94,115 +126,82 @@ def environment_name(env_prefix: str, field: str) -> str:
     return f"{env_prefix}{field.upper()}"
 
 
-def _parser(cls: type[BaseModel], env_prefix: str, program: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=(cls.__doc__ or "").strip(),
-        epilog="A flag wins over its environment variable, that over the file, that over the default.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help=f"YAML or TOML file of settings (env {env_prefix}CONFIG)"
-    )
-    for name, field in cls.model_fields.items():
-        is_bool = field.annotation is bool
-        default = "required" if field.is_required() else f"default {_shown(field.get_default())}"
-        text = f"{field.description or name} (env {environment_name(env_prefix, name)}, {default})"
-        parser.add_argument(
-            flag_name(name),
-            dest=name,
-            metavar=_metavar(field.annotation),
-            help=text.replace("%", "%%"),
-            nargs="?" if is_bool else None,
-            const="true" if is_bool else None,
-        )
-    return parser
+def _add_flag(fields: Mapping[str, FieldInfo], parser: Any, *names: str, **options: Any) -> None:
+    """Adds a flag; the library would show an enum's names and a list's type, and want a value for every bool."""
+    annotation = fields[options["dest"]].annotation
+    enums: list[Any] = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, EnumType)]
+    if enums:
+        options["metavar"] = "{" + ",".join(str(choice.value) for choice in enums[0]) + "}"
+    elif options.get("action") == "append":
+        options["metavar"] = "A,B,…"
+    elif options["metavar"] == "bool":
+        options |= {"nargs": "?", "const": "true"}
+    parser.add_argument(*names, **options)
 
 
-def _metavar(annotation: Any) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin in {Union, UnionType}:
-        return "|".join(_metavar(one) for one in arguments if one is not NoneType)
-    if origin is Literal:
-        return "{" + ",".join(str(choice) for choice in arguments) + "}"
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        return "{" + ",".join(str(choice.value) for choice in annotation) + "}"
-    if origin in {tuple, list, set, frozenset}:
-        return f"{_metavar(arguments[0])},…"
-    return str(getattr(origin or annotation, "__name__", annotation)).upper()
+def _from_environment(sources: type[pydantic_settings.BaseSettings], environ: Mapping[str, str]) -> Found:
+    source = pydantic_settings.EnvSettingsSource(sources)
+    prefix = source.env_prefix
+    given = {variable: text for variable, text in environ.items() if variable.startswith(prefix)}
+    # The library reads os.environ, whatever `environ` is, and passes over the variables that it does not know.
+    source.env_vars = {variable.lower(): text for variable, text in given.items() if text}
+    found = {name: (text, environment_name(prefix, name)) for name, text in source().items()}
+    known = {environment_name(prefix, field) for field in sources.model_fields}
+    return found | {variable: (text, variable) for variable, text in given.items() if variable not in known}
 
 
-def _shown(default: object) -> str:
-    if default is None or default is PydanticUndefined:
-        return "none"
-    return repr(default) if default == "" else str(default)
-
-
-def _from_file(cls: type[BaseModel], path: Path) -> dict[str, tuple[Any, str]]:
+def _from_file(sources: type[pydantic_settings.BaseSettings], path: Path) -> Found:
+    if not path.is_file():  # the library would pass over it
+        raise ValueError(f"--config: cannot read {path}: No such file")
+    toml, yml = pydantic_settings.TomlConfigSettingsSource, pydantic_settings.YamlConfigSettingsSource
     try:
-        text = path.read_text(encoding="utf-8")
+        values = toml(sources, path)() if path.suffix == ".toml" else yml(sources, path)()
     except OSError as error:
         raise ValueError(f"--config: cannot read {path}: {error.strerror}") from error
-    try:
-        loaded = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config: {path} is not valid: {error}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ValueError(f"--config: {path} must hold names and values, not a {type(loaded).__name__}")
-    for key in loaded:
-        if key not in cls.model_fields:
-            raise _unknown(f"key in {path}", str(key), cls.model_fields)
-    return {str(key): (value, str(path)) for key, value in loaded.items()}
+    except (AttributeError, TypeError, ValueError) as error:  # the library took for granted that it does
+        raise ValueError(f"--config: {path} must hold names and values, not a list or a text") from error
+    return {name: (value, str(path)) for name, value in values.items()}
 
 
-def _from_environment(
-    cls: type[BaseModel], env_prefix: str, environ: Mapping[str, str]
-) -> dict[str, tuple[Any, str]]:
-    fields = {field.upper(): field for field in cls.model_fields}
-    found = {}
-    for variable, text in environ.items():
-        if not variable.startswith(env_prefix) or variable == f"{env_prefix}CONFIG":
-            continue
-        name = variable.removeprefix(env_prefix)
-        if name not in fields:
-            raise _unknown("environment variable", name, fields, env_prefix)
-        if text != "":
-            found[fields[name]] = (text, variable)
-    return found
-
-
-def _unknown(what: str, name: str, known: Iterable[str], prefix: str = "") -> ValueError:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-    return ValueError(f"unknown {what}: {prefix}{name}{hint}")
-
-
-def _parsed(field: FieldInfo, raw: object) -> object:
-    """Splits the text of a list and reads the JSON of a mapping; pydantic reads every other text itself."""
-    origin = get_origin(field.annotation)
-    if not isinstance(raw, str) or origin not in {tuple, list, set, frozenset, dict}:
+def _parsed(field: FieldInfo | None, raw: object) -> object:
+    """Reads `none` and the text of a list or mapping; pydantic reads every other text itself."""
+    if field is None or not isinstance(raw, str):
         return raw
-    if raw.lstrip().startswith(("[", "{")):
+    if raw == "none" and NoneType in get_args(field.annotation):
+        return None
+    if get_origin(field.annotation) not in {tuple, list, set, frozenset, dict}:
+        return raw
+    if not raw.lstrip().startswith(("[", "{")):
+        return [part.strip() for part in raw.split(",") if part.strip()]
+    with suppress(ValueError):  # pydantic refuses what is no JSON, by the setting's name
         return json.loads(raw)
-    return [part.strip() for part in raw.split(",") if part.strip()]
+    return raw
 
 
-def _explained(problem: Any, found: Mapping[str, tuple[Any, str]]) -> str:
+def _explained(problem: Any, found: Found, fields: Iterable[str], env_prefix: str) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not problem["loc"]:
         return message
     name = str(problem["loc"][0])
+    value, place = found.get(name, (problem["input"], "default"))
+    if problem["type"] == "extra_forbidden" and name == place:
+        near = _hint(name.removeprefix(env_prefix).lower(), fields, partial(environment_name, env_prefix))
+        return f"unknown environment variable: {name}{near}"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key in {place}: {name}{_hint(name, fields, str)}"
     if problem["type"] == "missing":
         return f"{flag_name(name)} is required"
-    value, origin = found.get(name, (problem["input"], "default"))
-    source = "" if origin == flag_name(name) else f" (from {origin})"
+    source = "" if place == flag_name(name) else f" (from {place})"
     return f"{flag_name(name)}: {message[:1].lower()}{message[1:]}, got {value!r}{source}"
 
 
-def _fail(parser: argparse.ArgumentParser, messages: Sequence[str]) -> NoReturn:
-    for message in messages:
-        sys.stderr.write(f"{parser.prog}: error: {message}\n")
-    sys.stderr.write(f"{parser.prog}: try --help\n")
-    sys.exit(2)
+def _hint(name: str, fields: Iterable[str], spelled: Callable[[str], str]) -> str:
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.7)
+    return f"; did you mean {spelled(near[0])}?" if near else ""
+
+
+def _fail(parser: argparse.ArgumentParser, *messages: str) -> NoReturn:
+    lines = [*(f"error: {message}" for message in messages), "try --help"]
+    parser.exit(2, "".join(f"{parser.prog}: {line}\n" for line in lines))
