@@ -52,7 +52,7 @@ class GeneratorSettings(ServiceSettings):
         " checkpoint's, or accepts any",
     )
     retriever_check_s: float = Field(
-        2.0, gt=0, description="seconds between looks at a retriever that is not there or does not fit"
+        2.0, gt=0, description="seconds between looks at whether the retriever is there and fits"
     )
 
     devices: tuple[str, ...] = Field(

@@ -15,6 +15,7 @@ from generator_service.engine.async_engine import AsyncEngine
 from generator_service.engine.devices import default_devices
 from generator_service.engine.messages import Ready
 from generator_service.engine.worker_options import WorkerOptions
+from generator_service.errors import MismatchError
 from generator_service.metrics import GeneratorMetrics
 from generator_service.request_checks import RequestLimits
 from generator_service.retrieval_client import Expected, RetrievalClient
@@ -86,6 +87,9 @@ async def serve(settings: GeneratorSettings, started: Callable[[int, int], None]
         async def warm_up() -> None:
             if retrieval is not None:
                 await _wait_for_fit(retrieval, readiness, settings.retriever_check_s)
+                tasks.append(
+                    asyncio.create_task(_watch_fit(retrieval, readiness, settings.retriever_check_s))
+                )
             logger.info("serving", extra={"checkpoint": checkpoint.digest, "decoder": ready.decoder})
             if started is not None:
                 started(server.port, side_port.port)
@@ -115,6 +119,25 @@ async def _wait_for_fit(retrieval: RetrievalClient, readiness: Readiness, pause_
         else:
             readiness.set_met(_RETRIEVER)
             return
+
+
+async def _watch_fit(retrieval: RetrievalClient, readiness: Readiness, pause_s: float) -> None:
+    """A retriever may come back with another index: one that does not fit ends readiness, one that does renews it.
+
+    One that is away does not: questions with contexts of their own are still answered.
+    """
+    while True:
+        await asyncio.sleep(pause_s)
+        try:
+            await retrieval.check_fit()
+        except MismatchError as error:
+            if _RETRIEVER not in readiness.reasons:
+                logger.warning("the retriever no longer fits: %s", error.message)
+            readiness.set_unmet(_RETRIEVER, error.message)
+        except RagError:
+            continue
+        else:
+            readiness.set_met(_RETRIEVER)
 
 
 async def _refresh(engine: AsyncEngine, metrics: GeneratorMetrics) -> None:

@@ -15,11 +15,13 @@ from rag_serving import tensor_codec
 from rag_serving.channel import RetryPolicy, open_channel
 from rag_serving.errors import (
     DeadlineExceededError,
+    FieldViolation,
     InvalidArgumentError,
     RagError,
     ResourceExhaustedError,
 )
 from rag_serving.interceptors.deadline import time_left_s
+from rag_serving.rich_status import from_rpc_error
 
 RETRIEVER_SERVICE = "rag.retriever.v1.RetrieverService"
 _CHECK_TIMEOUT_S = 5.0
@@ -184,7 +186,7 @@ class RetrievalClient:
         details = error.details() or error.code().name
         match error.code():
             case grpc.StatusCode.INVALID_ARGUMENT:
-                return InvalidArgumentError("retrieval_config", f"the retriever refuses it: {details}")
+                return _as_retrieval_config(from_rpc_error(error))
             case grpc.StatusCode.FAILED_PRECONDITION:
                 return MismatchError(f"the retriever at {self.address} does not fit: {details}")
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -195,6 +197,21 @@ class RetrievalClient:
                 return RetrieverUnavailableError(
                     f"the retriever at {self.address} is not available: {details}", 1.0
                 )
+
+
+def _as_retrieval_config(error: RagError) -> RagError:
+    """The retriever's refusal, in the names of the request that its fields came from."""
+    if not isinstance(error, InvalidArgumentError):
+        return error
+    return InvalidArgumentError.of(
+        [
+            FieldViolation(
+                f"retrieval_config.{violation.field.removeprefix('search_parameters.')}",
+                f"the retriever refuses it: {violation.description}",
+            )
+            for violation in error.violations
+        ]
+    )
 
 
 def _questions(response: retriever_service_pb2.RetrieveResponse) -> list[RetrievedQuestion]:

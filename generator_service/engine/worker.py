@@ -20,6 +20,7 @@ from rag_serving.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
+_GOODBYE_S = 5.0
 _RESTART_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -132,8 +133,8 @@ class Worker:
         return report
 
     async def _supervise(self, reader: asyncio.StreamReader) -> None:
-        """Read reports until the worker is lost, then start it again, for ever."""
-        while True:
+        """Read reports until the worker is lost, then start it again, until stop."""
+        while not self._stopping:
             watchdog = asyncio.create_task(self._watch())
             try:
                 await self._read(reader)
@@ -190,7 +191,8 @@ class Worker:
         if self._process is None:
             return
         try:
-            await asyncio.wait_for(self._process.wait(), timeout=5.0)
+            async with asyncio.timeout(_GOODBYE_S):  # wait_for may swallow a cancellation
+                await self._process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
