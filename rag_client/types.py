@@ -47,12 +47,13 @@ class Contexts:
 
 @dataclass(frozen=True, slots=True)
 class AnswerSpan:
-    """Where an answer stands: characters [start, end) of the text of the question's documents[document]."""
+    """Where an answer stands: characters [start, end) of documents[document]'s text, or of its title."""
 
     document: int
     start: int
     end: int
     text: str
+    in_title: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,18 +120,19 @@ def _fact(value: object) -> str:
 
 
 def _quote(span: AnswerSpan, document: RetrievedDocument) -> Text:
+    whole = document.title if span.in_title else document.text
     room = max(_EXCERPT_CHARS - (span.end - span.start), 0) // 2
-    start, end = max(span.start - room, 0), min(span.end + room, len(document.text))
+    start, end = max(span.start - room, 0), min(span.end + room, len(whole))
     if start > 0:  # at the beginning of a word
-        start = min(document.text.find(" ", start, span.start) + 1 or start, span.start)
-    if end < len(document.text):  # at the end of one
-        end = max(document.text.rfind(" ", span.end, end), span.end)
+        start = min(whole.find(" ", start, span.start) + 1 or start, span.start)
+    if end < len(whole):  # at the end of one
+        end = max(whole.rfind(" ", span.end, end), span.end)
     quote = Text(style="italic")
     quote.append("…" if start > 0 else "")
-    quote.append(document.text[start : span.start])
-    quote.append(document.text[span.start : span.end], style="bold")
-    quote.append(document.text[span.end : end])
-    quote.append("…" if end < len(document.text) else "")
+    quote.append(whole[start : span.start])
+    quote.append(whole[span.start : span.end], style="bold")
+    quote.append(whole[span.end : end])
+    quote.append("…" if end < len(whole) else "")
     quote.append(f"  ({document.title or document.key})", style="not italic dim")
     return quote
 
