@@ -51,6 +51,10 @@ class GeneratorSettings(ServiceSettings):
         description="name or digest of the index's embedding model that the question encoder fits; none takes the"
         " checkpoint's, or accepts any",
     )
+    index_metric: Literal["inner_product", "l2", "any"] = Field(
+        "inner_product",
+        description="similarity that must have found the documents; the paper's is the inner product",
+    )
     retriever_check_s: float = Field(
         2.0, gt=0, description="seconds between looks at whether the retriever is there and fits"
     )

@@ -160,6 +160,7 @@ def _retrieval(settings: GeneratorSettings, checkpoint: Checkpoint, ready: Ready
         embedding_model=checkpoint.embedding_model,
         context_tokenizer_digest=checkpoint.generator_tokenizer.digest,
         dimension=ready.retrieval_vector_size,
+        metric=settings.index_metric,
     )
     return RetrievalClient(settings.retriever_address, expected, max_message_bytes=settings.max_message_bytes)
 

@@ -23,6 +23,11 @@ from rag_serving.errors import (
 from rag_serving.interceptors.deadline import time_left_s
 from rag_serving.rich_status import from_rpc_error
 
+_METRICS = {
+    "any": document_pb2.METRIC_UNSPECIFIED,
+    "inner_product": document_pb2.METRIC_INNER_PRODUCT,
+    "l2": document_pb2.METRIC_L2,
+}
 RETRIEVER_SERVICE = "rag.retriever.v1.RetrieverService"
 _CHECK_TIMEOUT_S = 5.0
 
@@ -69,11 +74,12 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Expected:
-    """What this generator was built for; empty strings and 0 accept anything."""
+    """What this generator was built for; empty strings and 0 accept anything, and so does the metric "any"."""
 
     embedding_model: str
     context_tokenizer_digest: str
     dimension: int
+    metric: str
 
 
 class RetrievalClient:
@@ -115,10 +121,6 @@ class RetrievalClient:
                 raise MismatchError(
                     f"{what}: the retriever at {self.address} has {theirs}, this generator needs {ours}"
                 )
-        if index.metric not in {document_pb2.METRIC_INNER_PRODUCT, document_pb2.METRIC_L2}:
-            raise MismatchError(
-                f"metric: the retriever at {self.address} has none that is known: {index.metric}"
-            )
         if index.ntotal:
             await self._probe(index.dimension)
 
@@ -180,6 +182,7 @@ class RetrievalClient:
             embedding_model=expected.embedding_model,
             context_tokenizer_digest=expected.context_tokenizer_digest,
             dimension=expected.dimension,
+            metric=_METRICS[expected.metric],
         )
 
     def _translated(self, error: grpc.aio.AioRpcError) -> RagError:

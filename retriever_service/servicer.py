@@ -110,11 +110,20 @@ class RetrieverServicer(retriever_service_pb2_grpc.RetrieverServiceServicer):
         embedding = self._manifest.embedding
         if expectation.embedding_model and not embedding.matches(expectation.embedding_model):
             raise ExpectationError("embedding_model", expectation.embedding_model, embedding.name)
+        metric = _METRICS[self._manifest.metric]
+        if expectation.metric not in {document_pb2.METRIC_UNSPECIFIED, metric}:
+            raise ExpectationError("metric", _metric_name(expectation.metric), _metric_name(metric))
         digest = self._retriever.assembler.tokenizer.digest
         if expectation.context_tokenizer_digest and expectation.context_tokenizer_digest != digest:
             raise ExpectationError("context_tokenizer_digest", expectation.context_tokenizer_digest, digest)
         if expectation.dimension and expectation.dimension != self._manifest.dimension:
             raise ExpectationError("dimension", expectation.dimension, self._manifest.dimension)
+
+
+def _metric_name(metric: int) -> str:
+    """Also of a number that has no name."""
+    value = document_pb2.Metric.DESCRIPTOR.values_by_number.get(metric)
+    return str(metric) if value is None else str(value.name)
 
 
 def _response(

@@ -100,6 +100,20 @@ async def test_dimension_mismatch_names_both_values(serve_retriever: Serve) -> N
             await stub.Retrieve(request(question_hidden_states=tensor(np.zeros((3, 7)))))
 
 
+async def test_another_metric_than_expected_is_refused_with_both_names(serve_retriever: Serve) -> None:
+    async with serve_retriever() as (_, stub, _):
+        fitting = document_pb2.Expectation(metric=document_pb2.METRIC_INNER_PRODUCT)
+        await stub.Retrieve(request(expectation=fitting))
+        for wrong, name in ((document_pb2.METRIC_L2, "METRIC_L2"), (77, "77")):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Retrieve(request(expectation=document_pb2.Expectation(metric=wrong)))  # type: ignore[arg-type]
+            assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+            said = caught.value.details()
+            assert said is not None
+            assert name in said
+            assert "METRIC_INNER_PRODUCT" in said
+
+
 async def test_expectations_that_do_not_fit_are_refused_with_both_values(serve_retriever: Serve) -> None:
     async with serve_retriever() as (_, stub, _):
         index = await stub.GetIndex(retriever_service_pb2.GetIndexRequest())
