@@ -27,8 +27,10 @@ def export(folders: list[Path], output: Path) -> None:
     model = average(folders)
     settings = model.generation_config
     settings.max_length, settings.num_beams, settings.do_sample = MAX_LENGTH, NUM_BEAMS, False
+    settings._from_model_config = False  # noqa: SLF001  Hugging Face would derive the settings anew
     model.to(torch.float16).save_pretrained(output)  # type: ignore[arg-type]
     AutoTokenizer.from_pretrained(folders[0]).save_pretrained(output)
+    (output / "model.safetensors").chmod(0o644)
     path = output / "tokenizer_config.json"
     kept = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {key: value for key, value in kept.items() if key not in LOCAL_TOKENIZER_KEYS})
