@@ -91,10 +91,7 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hypothesis(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer: token_ids start with the start token and hold no pads.
-
-    token_log_probs is [generated tokens][n_docs] for RAG-Token, empty for RAG-Sequence.
-    """
+    """One answer: token_ids start with the start token and hold no pads; document_posterior is over the contexts."""
 
     token_ids: list[int]
     score: float
