@@ -186,7 +186,7 @@ def main() -> None:
             cells = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in asdict(row).values()]
             table.add_row(*cells)
             Console(stderr=True).print(" ".join(cells))
-    Console().print(table)
+    Console(width=130).print(table)
     if arguments.json is not None:
         arguments.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
 
