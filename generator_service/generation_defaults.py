@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from generator_service.checkpoint import Checkpoint
-from generator_service.types import EarlyStopping, GenerationSettings, Strategy
+from generator_service.types import Compatibility, EarlyStopping, GenerationSettings, Strategy
 
 _HF_EARLY_STOPPING = {
     False: EarlyStopping.HEURISTIC,
@@ -25,13 +25,23 @@ class GenerationDefaults:
 
     checkpoint: Checkpoint
 
-    def resolve(self, given: Mapping[str, Any], strategy: Strategy, seed: int) -> GenerationSettings:
+    def resolve(
+        self,
+        given: Mapping[str, Any],
+        strategy: Strategy,
+        seed: int,
+        compatibility: Compatibility = Compatibility.MASKED,
+    ) -> GenerationSettings:
         """Settings with nothing left open; given holds the arguments that the request sets, by their names."""
         do_sample = self._value(given, "do_sample", False)
+        min_new_tokens = self._value(given, "min_new_tokens", 0)
+        min_length = self._value(given, "min_length", 0)
+        if min_new_tokens and strategy is Strategy.RAG_SEQUENCE and compatibility is Compatibility.HF:
+            min_length = 0  # transformers puts the one in the other's place (docs/parity.md, quirk 20)
         return GenerationSettings(
             max_length=self._max_length(given, strategy),
-            min_length=self._value(given, "min_length", 0),
-            min_new_tokens=self._value(given, "min_new_tokens", 0),
+            min_length=min_length,
+            min_new_tokens=min_new_tokens,
             do_sample=do_sample,
             num_beams=self._value(given, "num_beams", 1),
             num_return_sequences=self._value(given, "num_return_sequences", 1),

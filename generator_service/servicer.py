@@ -15,7 +15,7 @@ from generator_service.engine.messages import Ready
 from generator_service.generation_defaults import GenerationDefaults
 from generator_service.request_checks import RequestLimits, check_given, check_settings
 from generator_service.tokenization import TextTokenizer
-from generator_service.types import Compatibility, GenerationSettings, QuestionScore, Strategy
+from generator_service.types import Compatibility, QuestionScore, Strategy
 from rag.generator.v1 import generator_service_pb2, generator_service_pb2_grpc
 from rag.tensor.v1 import tensor_pb2
 from rag_serving import tensor_codec
@@ -166,23 +166,21 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         check_given(given, self._model.ready.vocab_size)
         config = request.generation_config
         seed = config.seed if config.HasField("seed") else secrets.randbits(_SEED_BITS)
+        compatibility = wire.read_enum(wire.COMPATIBILITIES, request.compatibility, "compatibility")
+        settings = self._defaults.resolve(given, strategy, seed, compatibility)
+        check_settings(settings, strategy, self._limits.max_n_docs, self._limits)
         return GenerationOptions(
             strategy=strategy,
             sequence_decoding=wire.read_enum(
                 wire.SEQUENCE_DECODINGS, request.sequence_decoding, "sequence_decoding"
             ),
-            compatibility=wire.read_enum(wire.COMPATIBILITIES, request.compatibility, "compatibility"),
-            settings=self._checked(given, strategy, seed),
+            compatibility=compatibility,
+            settings=settings,
             do_deduplication=request.do_deduplication
             if request.HasField("do_deduplication")
             else self._checkpoint.do_deduplication,
             exclude_bos_score=request.exclude_bos_score if request.HasField("exclude_bos_score") else True,
         )
-
-    def _checked(self, given: dict[str, object], strategy: Strategy, seed: int) -> GenerationSettings:
-        settings = self._defaults.resolve(given, strategy, seed)
-        check_settings(settings, strategy, self._limits.max_n_docs, self._limits)
-        return settings
 
     async def _contexts(
         self,

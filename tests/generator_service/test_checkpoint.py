@@ -12,7 +12,7 @@ from generator_service import checkpoint
 from generator_service.config import GeneratorSettings
 from generator_service.errors import CheckpointError
 from generator_service.generation_defaults import GenerationDefaults
-from generator_service.types import EarlyStopping, Pooling, Strategy
+from generator_service.types import Compatibility, EarlyStopping, Pooling, Strategy
 from tests.parity.tiny_models import tiny_generator
 
 
@@ -157,3 +157,16 @@ def test_given_arguments_win(rag_folder: Path) -> None:
     assert (resolved.eos_token_ids, resolved.forced_bos_token_id, resolved.pad_token_id) == ((2, 5), 0, 3)
     off = defaults.resolve({"forced_bos_token_id": -1}, Strategy.RAG_TOKEN, 0)
     assert off.forced_bos_token_id is None
+
+
+def test_min_new_tokens_replaces_min_length_where_hugging_face_does(rag_folder: Path) -> None:
+    defaults = GenerationDefaults(checkpoint.read(settings(rag_checkpoint=str(rag_folder))))
+    given = {"min_length": 9, "min_new_tokens": 2}
+
+    def minima(strategy: Strategy, compatibility: Compatibility) -> tuple[int, int]:
+        resolved = defaults.resolve(given, strategy, 0, compatibility)
+        return resolved.min_length, resolved.min_new_tokens
+
+    assert minima(Strategy.RAG_SEQUENCE, Compatibility.HF) == (0, 2)
+    assert minima(Strategy.RAG_SEQUENCE, Compatibility.MASKED) == (9, 2)
+    assert minima(Strategy.RAG_TOKEN, Compatibility.HF) == (9, 2)
