@@ -100,29 +100,16 @@ class RetrievalClient:
         await self._channel.close()
 
     async def check_fit(self) -> None:
-        """Compare the retriever's index with what this generator was built for.
+        """Have the retriever compare its index with what this generator was built for, as it does in each Retrieve.
 
         Raises MismatchError naming both values, RetrieverUnavailableError where nobody answers.
         """
+        request = retriever_service_pb2.GetIndexRequest(expectation=self._expectation())
         try:
-            index = await self._stub.GetIndex(
-                retriever_service_pb2.GetIndexRequest(), timeout=_CHECK_TIMEOUT_S
-            )
+            index = await self._stub.GetIndex(request, timeout=_CHECK_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
         self._max_combined_length = index.max_combined_length
-        expected = self._expected
-        # the retriever itself compares embedding models, which have both a name and a digest: see Retrieve
-        for what, theirs, ours in (
-            ("dimension", index.dimension, expected.dimension),
-            ("context_tokenizer_digest", index.context_tokenizer_digest, expected.context_tokenizer_digest),
-        ):
-            if ours and theirs != ours:
-                raise MismatchError(
-                    f"{what}: the retriever at {self.address} has {theirs}, this generator needs {ours}"
-                )
-        if index.ntotal:
-            await self._probe(index.dimension)
 
     async def retrieve(
         self,
@@ -161,20 +148,6 @@ class RetrievalClient:
             raise self._translated(error) from error
         padded_length = settings.max_combined_length or self._max_combined_length
         return Retrieval(_questions(response), response.generation, padded_length)
-
-    async def _probe(self, dimension: int) -> None:
-        """A search whose expectation the retriever checks as it will check every later one."""
-        request = retriever_service_pb2.RetrieveRequest(
-            question_hidden_states=tensor_codec.encode(np.zeros((1, dimension), dtype=np.float32)),
-            n_docs=1,
-            skip_contexts=True,
-            expectation=self._expectation(),
-        )
-        request.question_texts.texts.append("fit")
-        try:
-            await self._stub.Retrieve(request, timeout=_CHECK_TIMEOUT_S)
-        except grpc.aio.AioRpcError as error:
-            raise self._translated(error) from error
 
     def _expectation(self) -> document_pb2.Expectation:
         expected = self._expected

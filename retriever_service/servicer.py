@@ -85,9 +85,10 @@ class RetrieverServicer(retriever_service_pb2_grpc.RetrieverServiceServicer):
         )
 
     async def GetIndex(  # noqa: N802
-        self, _request: retriever_service_pb2.GetIndexRequest, _context: Context
+        self, request: retriever_service_pb2.GetIndexRequest, _context: Context
     ) -> retriever_service_pb2.GetIndexResponse:
         """Describes the index that answers now."""
+        self._check_expectation(request.expectation)
         assembler = self._retriever.assembler
         return retriever_service_pb2.GetIndexResponse(
             ntotal=self._manifest.ntotal,

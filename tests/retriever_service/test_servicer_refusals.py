@@ -124,19 +124,27 @@ async def test_expectations_that_do_not_fit_are_refused_with_both_values(serve_r
         }
         await stub.Retrieve(request(expectation=document_pb2.Expectation(**fits)))
         await stub.Retrieve(request(expectation=document_pb2.Expectation()))
+        await stub.GetIndex(
+            retriever_service_pb2.GetIndexRequest(expectation=document_pb2.Expectation(**fits))
+        )
         for field, wrong in (
             ("embedding_model", "other"),
             ("context_tokenizer_digest", "sha256:1"),
             ("dimension", 9),
         ):
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await stub.Retrieve(request(expectation=document_pb2.Expectation(**(fits | {field: wrong}))))
-            assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-            said = caught.value.details()
-            assert said is not None
-            assert field in said
-            assert str(wrong) in said
-            assert str(fits[field]) in said
+            expectation = document_pb2.Expectation(**(fits | {field: wrong}))
+            for refused in (
+                stub.Retrieve(request(expectation=expectation)),
+                stub.GetIndex(retriever_service_pb2.GetIndexRequest(expectation=expectation)),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await refused
+                assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+                said = caught.value.details()
+                assert said is not None
+                assert field in said
+                assert str(wrong) in said
+                assert str(fits[field]) in said
 
 
 async def test_input_ids_without_a_question_tokenizer_are_a_failed_precondition(
