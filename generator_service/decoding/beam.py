@@ -11,16 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from generator_service.decoding.search_state import SearchState
 from generator_service.types import EarlyStopping, GenerationSettings
 
 DEAD = -1.0e9
 
 
 @dataclass(frozen=True)
-class BeamState:
+class BeamState(SearchState):
     """Searches with the same num_beams; every tensor begins with [searches]."""
 
-    running: Tensor  # int64 [searches, beams, length]: live hypotheses, start token first
     running_scores: Tensor  # float32 [searches, beams]: sums of processed log-probabilities
     running_log_probs: Tensor  # float32 [searches, beams, length, docs]: of each token under each document
     sequences: Tensor  # as running: completed hypotheses, best first
@@ -34,17 +34,6 @@ class BeamState:
     max_length: Tensor  # int64 [searches]
     length_penalty: Tensor  # float64 [searches]
     early_stopping: Tensor  # int64 [searches]: values of EarlyStopping
-    eos: Tensor  # int64 [searches, eos tokens], filled with -1
-
-    @property
-    def num_searches(self) -> int:
-        """Searches in the state."""
-        return int(self.running.shape[0])
-
-    def select(self, index: Tensor) -> BeamState:
-        """The searches at index, in its order."""
-        fields = dataclasses.fields(self)
-        return BeamState(**{f.name: getattr(self, f.name).index_select(0, index) for f in fields})
 
 
 def start(settings: GenerationSettings, num_docs: int, device: torch.device) -> BeamState:
@@ -77,16 +66,6 @@ def start(settings: GenerationSettings, num_docs: int, device: torch.device) -> 
         early_stopping=scalar(settings.early_stopping.value, torch.int64),
         eos=torch.tensor([settings.eos_token_ids or (-1,)], dtype=torch.int64, device=device),
     )
-
-
-def concatenate(first: BeamState, second: BeamState) -> BeamState:
-    """Both states' searches; shorter rows are padded."""
-    joined = {}
-    for field in dataclasses.fields(BeamState):
-        left, right = getattr(first, field.name), getattr(second, field.name)
-        fill = -1 if field.name == "eos" else 0
-        joined[field.name] = torch.cat(_same_widths(left, right, fill))
-    return BeamState(**joined)
 
 
 def select_continuations(
@@ -188,16 +167,3 @@ def _gather_beams(tensor: Tensor, index: Tensor) -> Tensor:
     """[searches, n, …] at index [searches, m] -> [searches, m, …]."""
     shape = index.shape + (1,) * (tensor.dim() - 2)
     return tensor.gather(1, index.view(shape).expand(*index.shape, *tensor.shape[2:]))
-
-
-def _same_widths(left: Tensor, right: Tensor, fill: int) -> tuple[Tensor, Tensor]:
-    shape = [max(a, b) for a, b in zip(left.shape[1:], right.shape[1:], strict=True)]
-    return _padded(left, shape, fill), _padded(right, shape, fill)
-
-
-def _padded(tensor: Tensor, shape: list[int], fill: int) -> Tensor:
-    if list(tensor.shape[1:]) == shape:
-        return tensor
-    wider = tensor.new_full((tensor.shape[0], *shape), fill)
-    wider[tuple(slice(0, n) for n in tensor.shape)] = tensor
-    return wider

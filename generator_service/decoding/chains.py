@@ -8,15 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from generator_service.decoding.beam import _same_widths
+from generator_service.decoding.search_state import SearchState
 from generator_service.types import GenerationSettings
 
 
 @dataclass(frozen=True)
-class ChainState:
+class ChainState(SearchState):
     """Searches with the same number of chains; every tensor begins with [searches]."""
 
-    running: Tensor  # int64 [searches, chains, length]: start token first
     running_log_probs: Tensor  # float32 [searches, chains, length, docs]: of each token under each document
     finished: Tensor  # bool [searches, chains]: the end token was generated
     lengths: Tensor  # int64 [searches, chains]: tokens generated, pads after the end not counted
@@ -24,17 +23,6 @@ class ChainState:
     cur_len: Tensor  # int64 [searches]
     max_length: Tensor  # int64 [searches]
     pad: Tensor  # int64 [searches]
-    eos: Tensor  # int64 [searches, eos tokens], filled with -1
-
-    @property
-    def num_searches(self) -> int:
-        """Searches in the state."""
-        return int(self.running.shape[0])
-
-    def select(self, index: Tensor) -> ChainState:
-        """The searches at index, in its order."""
-        fields = dataclasses.fields(self)
-        return ChainState(**{f.name: getattr(self, f.name).index_select(0, index) for f in fields})
 
 
 def start(settings: GenerationSettings, num_chains: int, num_docs: int, device: torch.device) -> ChainState:
@@ -53,17 +41,6 @@ def start(settings: GenerationSettings, num_chains: int, num_docs: int, device: 
         pad=torch.tensor([settings.pad_token_id], dtype=torch.int64, device=device),
         eos=torch.tensor([settings.eos_token_ids or (-1,)], dtype=torch.int64, device=device),
     )
-
-
-def concatenate(first: ChainState, second: ChainState) -> ChainState:
-    """Both states' searches; shorter rows are padded."""
-    joined = {}
-    for field in dataclasses.fields(ChainState):
-        fill = -1 if field.name == "eos" else 0
-        joined[field.name] = torch.cat(
-            _same_widths(getattr(first, field.name), getattr(second, field.name), fill)
-        )
-    return ChainState(**joined)
 
 
 def advance(state: ChainState, token_ids: Tensor, token_log_probs: Tensor) -> ChainState:

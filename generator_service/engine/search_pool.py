@@ -38,10 +38,10 @@ class SearchPool:
         device = search.log_prior.device
         if self.key.beam:
             begun = beam.start(search.settings, self.key.num_docs, device)
-            self._beams = begun if self._beams is None else beam.concatenate(self._beams, begun)
+            self._beams = begun if self._beams is None else self._beams.joined_by(begun)
         else:
             chain = chains.start(search.settings, self.key.width, self.key.num_docs, device)
-            self._chains = chain if self._chains is None else chains.concatenate(self._chains, chain)
+            self._chains = chain if self._chains is None else self._chains.joined_by(chain)
         self.searches.append(search)
 
     def blocks(self) -> list[RowBlock | None]:

@@ -43,7 +43,7 @@ def test_fill_is_the_end_token_where_the_pad_id_is_zero() -> None:
 def test_concatenate_widens_the_shorter_and_select_takes_back() -> None:
     short = beam.start(settings(max_length=3, eos_token_ids=(END, 4)), num_docs=1, device=CPU)
     long = beam.start(settings(max_length=6), num_docs=1, device=CPU)
-    both = beam.concatenate(short, long)
+    both = short.joined_by(long)
     assert both.num_searches == 2
     assert both.running.shape == (2, 2, 6)
     assert both.eos.tolist() == [[END, 4], [END, -1]]
@@ -55,7 +55,7 @@ def test_concatenate_widens_the_shorter_and_select_takes_back() -> None:
 
 def test_select_keeps_the_order_of_its_index() -> None:
     states = [beam.start(settings(decoder_start_token_id=i), num_docs=1, device=CPU) for i in range(3)]
-    all_three = beam.concatenate(beam.concatenate(states[0], states[1]), states[2])
+    all_three = states[0].joined_by(states[1]).joined_by(states[2])
     assert all_three.select(torch.tensor([2, 0])).running[:, 0, 0].tolist() == [2, 0]
 
 
@@ -149,7 +149,7 @@ def test_searches_of_one_state_do_not_touch_one_another() -> None:
     two = beam.start(settings(max_length=6, length_penalty=0.0), num_docs=1, device=CPU)
     candidates = [(-1.0, 0, 5), (-2.0, 0, END), (-3.0, 0, 7), (-4.0, 0, 8)]
     scores, parents, tokens = (torch.tensor([x, x]) for x in zip(*candidates, strict=True))
-    both, _ = beam.advance(beam.concatenate(one, two), scores, parents, tokens, torch.zeros(2, 4, 1))
+    both, _ = beam.advance(one.joined_by(two), scores, parents, tokens, torch.zeros(2, 4, 1))
     for index, alone in enumerate((one, two)):
         expected, _ = step(alone, *candidates)
         mine = both.select(torch.tensor([index]))

@@ -42,9 +42,7 @@ def test_any_of_several_end_tokens_ends() -> None:
 
 
 def test_concatenate_and_select_keep_each_search_its_own() -> None:
-    both = chains.concatenate(
-        started(max_length=3, eos_token_ids=(END, 7)), started(max_length=6, pad_token_id=2)
-    )
+    both = started(max_length=3, eos_token_ids=(END, 7)).joined_by(started(max_length=6, pad_token_id=2))
     assert both.running.shape == (2, 2, 6)
     assert both.eos.tolist() == [[END, 7], [END, -1]]
     second = both.select(torch.tensor([1]))
