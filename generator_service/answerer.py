@@ -80,6 +80,7 @@ class GenerationOptions:
     settings: GenerationSettings
     do_deduplication: bool
     exclude_bos_score: bool
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,12 @@ class Answerer:
     async def encode(self, questions: Questions, stages: Stages) -> npt.NDArray[np.float32]:
         """question_hidden_states float32 [batch, dim]."""
         started = time.perf_counter()
-        self._engine.check_room(len(questions.input_ids))
         works = [
             EncodeQuestion(request_id=0, input_ids=ids, attention_mask=mask)
             for ids, mask in zip(questions.input_ids, questions.attention_mask, strict=True)
         ]
-        hidden = await gather_or_cancel([self._engine.encode(work) for work in works])
+        with self._engine.accepted(len(works)):
+            hidden = await gather_or_cancel([self._engine.encode(work) for work in works])
         stages.encode_s = time.perf_counter() - started
         self._metrics.encode_seconds.observe(stages.encode_s)
         return np.stack(hidden)
@@ -162,7 +163,6 @@ class Answerer:
         self, questions: Sequence[QuestionContexts], options: GenerationOptions, stages: Stages
     ) -> list[list[Hypothesis]]:
         """Hypotheses of each question, best first; document_posterior is over n_docs."""
-        self._engine.check_room(len(questions))
         left_s = time_left_s()
         deadline_s = None if left_s is None else time.monotonic() + left_s
         works = [
@@ -177,11 +177,13 @@ class Answerer:
                 doc_scores=question.doc_scores,
                 do_deduplication=options.do_deduplication,
                 exclude_bos_score=options.exclude_bos_score,
+                priority=options.priority,
                 deadline_s=deadline_s,
             )
             for question in questions
         ]
-        reports = await gather_or_cancel([self._engine.generate(work) for work in works])
+        with self._engine.accepted(len(works)):
+            reports = await gather_or_cancel([self._engine.generate(work) for work in works])
         stages.queue_s = max(r.queue_s for r in reports)
         stages.generate_s = max(r.generate_s for r in reports)
         answers = [r.hypotheses for r in reports]
@@ -200,9 +202,9 @@ class Answerer:
         compatibility: Compatibility,
         pad_token_id: int,
         exclude_first: Sequence[bool],
+        priority: int = 0,
     ) -> list[QuestionScore]:
         """Score one target a question."""
-        self._engine.check_room(len(questions))
         left_s = time_left_s()
         works = [
             ScoreTarget(
@@ -214,11 +216,13 @@ class Answerer:
                 labels=list(target),
                 pad_token_id=pad_token_id,
                 exclude_first=exclude,
+                priority=priority,
                 deadline_s=None if left_s is None else time.monotonic() + left_s,
             )
             for question, target, exclude in zip(questions, labels, exclude_first, strict=True)
         ]
-        reports = await gather_or_cancel([self._engine.score(work) for work in works])
+        with self._engine.accepted(len(works)):
+            reports = await gather_or_cancel([self._engine.score(work) for work in works])
         return [report.score for report in reports]
 
     def texts(self, question: QuestionContexts, hypotheses: Sequence[Hypothesis]) -> list[AnswerText]:

@@ -14,6 +14,7 @@ from generator_service.types import GenerationSettings, Strategy
 from rag_serving.errors import InvalidArgumentError
 
 _CONFIG = "generation_config"
+_MAX_PRIORITY = 10
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,12 @@ def check_vocabulary(ids: npt.NDArray[np.int64], vocab_size: int, field: str) ->
     wrong = (ids < 0) | (ids >= vocab_size)
     if wrong.any():
         raise InvalidArgumentError(field, f"token ids are 0 to {vocab_size - 1}", int(ids[wrong][0]))
+
+
+def check_priority(priority: int) -> None:
+    """-10, which goes first, to 10."""
+    if abs(priority) > _MAX_PRIORITY:
+        raise InvalidArgumentError("priority", f"must be -{_MAX_PRIORITY} to {_MAX_PRIORITY}", priority)
 
 
 def _number(test: Callable[[float], bool], what: str) -> Callable[[str, Any], None]:

@@ -13,7 +13,7 @@ from generator_service.answerer import Answerer, GenerationOptions, QuestionCont
 from generator_service.checkpoint import Checkpoint
 from generator_service.engine.messages import Ready
 from generator_service.generation_defaults import GenerationDefaults
-from generator_service.request_checks import RequestLimits, check_given, check_settings
+from generator_service.request_checks import RequestLimits, check_given, check_priority, check_settings
 from generator_service.tokenization import TextTokenizer
 from generator_service.types import Compatibility, QuestionScore, Strategy
 from rag.generator.v1 import generator_service_pb2, generator_service_pb2_grpc
@@ -95,6 +95,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         self, request: generator_service_pb2.ScoreRequest, _context: Context
     ) -> generator_service_pb2.ScoreResponse:
         """Gives the marginal log-likelihood and the loss of given targets."""
+        check_priority(request.priority)
         strategy = (
             wire.read_enum(wire.STRATEGIES, request.strategy, "strategy") or self._checkpoint.default_strategy
         )
@@ -118,6 +119,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             compatibility=compatibility,
             pad_token_id=pad,
             exclude_first=self._exclude_first(request, strategy, compatibility, labels),
+            priority=request.priority,
         )
         reduce = request.reduce_loss if request.HasField("reduce_loss") else self._checkpoint.reduce_loss
         return generator_service_pb2.ScoreResponse(
@@ -159,6 +161,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     # --- reading
 
     def _read_options(self, request: generator_service_pb2.GenerateRequest) -> GenerationOptions:
+        check_priority(request.priority)
         strategy = (
             wire.read_enum(wire.STRATEGIES, request.strategy, "strategy") or self._checkpoint.default_strategy
         )
@@ -180,6 +183,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             if request.HasField("do_deduplication")
             else self._checkpoint.do_deduplication,
             exclude_bos_score=request.exclude_bos_score if request.HasField("exclude_bos_score") else True,
+            priority=request.priority,
         )
 
     async def _contexts(

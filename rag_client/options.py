@@ -70,6 +70,7 @@ class GenerateOptions(RetrievalOptions, GenerationOptions, total=False):
     do_deduplication: bool | None
     exclude_bos_score: bool | None
     include_documents: bool | None
+    priority: int | None
 
 
 class ScoreOptions(RetrievalOptions, total=False):
@@ -80,6 +81,7 @@ class ScoreOptions(RetrievalOptions, total=False):
     reduce_loss: bool | None
     label_smoothing: float | None
     compatibility: CompatibilityName | None
+    priority: int | None
 
 
 class RetrieveOptions(TypedDict, total=False):

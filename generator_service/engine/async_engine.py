@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from generator_service.engine.answer_rate import AnswerRate
 from generator_service.engine.messages import (
     Encoded,
     EncodeQuestion,
@@ -39,6 +42,9 @@ class AsyncEngine:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._max_queued = max_queued
+        self._accepted = 0
+        self._rate = AnswerRate()
+        self.num_retried = 0
         self.workers = [
             Worker(o, heartbeat_timeout_s=heartbeat_timeout_s, on_change=on_change) for o in options
         ]
@@ -62,12 +68,26 @@ class AsyncEngine:
         """Requests accepted and not answered yet."""
         return sum(worker.num_pending for worker in self.workers)
 
-    def check_room(self, count: int) -> None:
-        """Raises QueueFullError where count further questions are more than the service takes."""
-        if self.num_pending + count > self._max_queued:
+    @contextmanager
+    def accepted(self, count: int) -> Iterator[None]:
+        """Holds places for count questions while they are worked on.
+
+        Raises QueueFullError where they are more than the service takes, with the time in which, at the recent rate
+        of answers, there is room for them.
+        """
+        excess = self._accepted + count - self._max_queued
+        if excess > 0:
+            wait_s = self._rate.seconds_for(excess, time.monotonic())
             raise QueueFullError(
-                f"{self.num_pending} questions are in work and the service takes {self._max_queued}", 1.0
+                f"{self._accepted} questions are in work and the service takes {self._max_queued}: no room for"
+                f" {count} more",
+                wait_s,
             )
+        self._accepted += count
+        try:
+            yield
+        finally:
+            self._accepted -= count
 
     async def encode(self, work: EncodeQuestion) -> npt.NDArray[np.float32]:
         """question_hidden_states of one question, float32 [dim]."""
@@ -88,10 +108,27 @@ class AsyncEngine:
         return report
 
     async def _submit(self, work: Work) -> object:
+        """Answers once; work of a worker that dies goes to another one, once."""
+        worker = self._least_busy()
+        try:
+            report = await self._submit_to(worker, work)
+        except WorkerLostError:
+            others = [w for w in self.workers if w is not worker and w.ready is not None]
+            if not others:
+                raise
+            self.num_retried += 1
+            report = await self._submit_to(min(others, key=lambda w: w.num_pending), work)
+        self._rate.count(time.monotonic())
+        return report
+
+    def _least_busy(self) -> Worker:
         usable = [worker for worker in self.workers if worker.ready is not None]
         if not usable:
             raise WorkerLostError(", ".join(worker.device for worker in self.workers))
-        worker = min(usable, key=lambda w: w.num_pending)
+        return min(usable, key=lambda w: w.num_pending)
+
+    @staticmethod
+    async def _submit_to(worker: Worker, work: Work) -> object:
         return await worker.submit(msgspec.structs.replace(work, request_id=worker.next_id()))
 
 

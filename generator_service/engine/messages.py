@@ -21,17 +21,13 @@ class EncodeQuestion(msgspec.Struct, frozen=True, kw_only=True, tag="encode"):
     input_ids: list[int]
     attention_mask: list[int]
 
-    @property
-    def priority(self) -> int:
-        """Encoding goes first: it is short, and retrieval waits for it."""
-        return -1
-
 
 class GenerateAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     """One question to answer over its contexts.
 
     contexts hold no pads; padded_contexts are the same with theirs, for Compatibility.HF, which attends to them
-    while RAG-Sequence generates. doc_scores are finite, one a context. deadline_s is on time.monotonic's clock.
+    while RAG-Sequence generates. doc_scores are finite, one a context. Lower priorities go first (queue.py).
+    deadline_s is on time.monotonic's clock.
     """
 
     request_id: int

@@ -30,6 +30,7 @@ class Request:
     admitted_s: float | None = None
     state: RequestState = RequestState.WAITING
     reserved_bytes: int = 0
+    times_passed: int = 0  # requests behind it in the queue that were admitted because it did not fit
 
     @property
     def request_id(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,14 +12,23 @@ from generator_service.engine.messages import EncodeQuestion
 from generator_service.engine.queue import WaitingQueue
 from generator_service.engine.request import Request, RequestState
 
+_MAX_BLOCKED = 16
+"""Requests that do not fit, beyond which no smaller one is looked for in a step."""
+
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """What one step may hold; each bound lets at least one request through, however large."""
+    """What one step may hold; each bound lets at least one request through, however large.
+
+    A level of priority is worth priority_step_s seconds of waiting. A request that does not fit is passed by smaller
+    ones behind it, by max_passes of them at most; then room is kept for it.
+    """
 
     max_rows: int = 1024
     max_context_tokens: int = 4096
     max_questions_encoded: int = 64
+    priority_step_s: float = 1.0
+    max_passes: int = 32
 
 
 @dataclass
@@ -34,7 +44,7 @@ class Scheduler:
     """Step-granular admission: a request joins at the next step that has room and leaves when it is done."""
 
     def __init__(self, cache: CacheManager, limits: SchedulerLimits) -> None:
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(limits.priority_step_s)
         self.running: dict[int, Request] = {}
         self.cache = cache
         self._limits = limits
@@ -102,8 +112,7 @@ class Scheduler:
 
     def _expire(self, schedule: Schedule) -> None:
         now_s = time.monotonic()
-        for request in self.waiting.expired(now_s):
-            self.waiting.remove(request.request_id)
+        for request in self.waiting.take_expired(now_s):
             request.state = RequestState.FINISHED_EXPIRED
             schedule.dropped.append(request)
         for request in self.running.values():
@@ -112,22 +121,36 @@ class Scheduler:
                 schedule.dropped.append(request)
 
     def _admit(self, schedule: Schedule) -> None:
+        """Let in what fits, in the queue's order; what does not is passed by smaller ones, but not for ever."""
         rows, tokens = self.num_rows, 0
-        while (request := self.waiting.peek()) is not None:
-            if isinstance(request.work, EncodeQuestion):
-                if len(schedule.encode) >= self._limits.max_questions_encoded:
+        blocked: list[Request] = []
+        with contextlib.closing(self.waiting.in_order()) as waiting:
+            for request in waiting:
+                if isinstance(request.work, EncodeQuestion):
+                    if len(schedule.encode) == self._limits.max_questions_encoded:
+                        return
+                    schedule.encode.append(request)
+                    self.waiting.remove(request.request_id)
+                    continue
+                if any(b.times_passed >= self._limits.max_passes for b in blocked):
                     return
-                schedule.encode.append(self.waiting.pop())
-                continue
-            rows += request.max_rows
-            tokens += sum(request.context_lengths)
-            if self.running and rows > self._row_limit:
-                return
-            if schedule.admit and tokens > self._limits.max_context_tokens:
-                return
-            if not self.cache.reserve(request):
-                return
-            self.waiting.pop()
-            request.state, request.admitted_s = RequestState.RUNNING, time.monotonic()
-            self.running[request.request_id] = request
-            schedule.admit.append(request)
+                tokens += sum(request.context_lengths)
+                if schedule.admit and tokens > self._limits.max_context_tokens:
+                    return
+                crowded = self.running and rows + request.max_rows > self._row_limit
+                if crowded or not self.cache.reserve(request):
+                    tokens -= sum(request.context_lengths)
+                    blocked.append(request)
+                    if len(blocked) == _MAX_BLOCKED:
+                        return
+                    continue
+                rows += request.max_rows
+                for passed in blocked:
+                    passed.times_passed += 1
+                self._start(request, schedule)
+
+    def _start(self, request: Request, schedule: Schedule) -> None:
+        self.waiting.remove(request.request_id)
+        request.state, request.admitted_s = RequestState.RUNNING, time.monotonic()
+        self.running[request.request_id] = request
+        schedule.admit.append(request)

@@ -137,6 +137,8 @@ BAD_GENERATE: list[tuple[str, Change]] = [
     (SCORES, contexts(doc_scores=np.zeros(4, np.float32))),
     (SCORES, contexts(doc_scores=np.zeros((0, 2), np.float32))),
     (SCORES, contexts(doc_scores=np.zeros((2, 2), np.int64))),
+    ("priority", enumeration("priority", 11)),
+    ("priority", enumeration("priority", -11)),
     ("retrieval_config.n_docs", retrieval(n_docs=-1)),
     ("retrieval_config.n_docs", retrieval(n_docs=101)),
     ("retrieval_config.nprobe", retrieval(nprobe=-1)),
@@ -171,6 +173,7 @@ BAD_GENERATE: list[tuple[str, Change]] = [
     ),
 ]
 BAD_SCORE: list[tuple[str, Change]] = [
+    ("priority", enumeration("priority", 11)),
     ("input", lambda request: request.ClearField("question_texts")),
     ("target", lambda request: request.ClearField("target_texts")),
     ("target_texts.texts", lambda request: request.target_texts.texts.append("two")),

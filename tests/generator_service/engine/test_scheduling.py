@@ -46,11 +46,26 @@ def scheduler(budget_bytes: int = 10**9, **limits: int) -> Scheduler:
     return Scheduler(cache, SchedulerLimits(**limits))
 
 
+def in_order(queue: WaitingQueue) -> list[int]:
+    return [request.request_id for request in queue.in_order()]
+
+
 def test_queue_gives_lower_priorities_first_and_then_the_earlier() -> None:
     queue = WaitingQueue()
-    for request_id, priority in ((1, 5), (2, 0), (3, 0)):
+    for request_id, priority in ((1, 5), (2, 0), (3, 0), (4, -3)):
         queue.push(question(request_id, priority=priority))
-    assert [queue.pop().request_id for _ in range(3)] == [2, 3, 1]
+    assert in_order(queue) == [4, 2, 3, 1]
+    assert in_order(queue) == [4, 2, 3, 1], "looking takes nothing"
+
+
+def test_a_level_of_priority_is_worth_its_seconds_and_no_more() -> None:
+    """A fixed order of priorities would let a stream of urgent questions starve the others."""
+    queue = WaitingQueue(priority_step_s=2.0)
+    for request_id, priority, arrived_s in ((1, 5, 100.0), (2, 0, 109.0), (3, 0, 111.0), (4, -10, 131.0)):
+        request = question(request_id, priority=priority)
+        request.arrived_s = arrived_s
+        queue.push(request)
+    assert in_order(queue) == [2, 1, 3, 4]
 
 
 def test_queue_forgets_removed_requests() -> None:
@@ -60,8 +75,20 @@ def test_queue_forgets_removed_requests() -> None:
     assert queue.remove(1) is not None
     assert queue.remove(1) is None
     assert len(queue) == 1
-    assert queue.pop().request_id == 2
+    assert in_order(queue) == [2]
+    assert queue.remove(2) is not None
     assert queue.peek() is None
+
+
+def test_queue_keeps_no_more_of_removed_requests_than_of_waiting_ones() -> None:
+    queue = WaitingQueue()
+    queue.push(question(0, priority=-10))
+    for request_id in range(1, 2000):
+        queue.push(question(request_id, deadline_s=time.monotonic() + 60))
+        queue.remove(request_id)
+    assert len(queue._heap) < 100
+    assert len(queue._deadlines) < 100
+    assert in_order(queue) == [0]
 
 
 def test_required_bytes_count_contexts_and_slots() -> None:
@@ -113,6 +140,28 @@ def test_a_question_wider_than_a_step_still_runs_alone() -> None:
     plan.add_request(next_one)
     assert plan.schedule().admit == [wide]
     assert plan.schedule().admit == []
+
+
+def test_small_questions_pass_a_large_one_that_does_not_fit_but_not_for_ever() -> None:
+    """The head of the queue used to hold up everybody, however small, until it fitted."""
+    plan = scheduler(budget_bytes=500, max_passes=3)
+    first, large = question(0), question(99, lengths=(40, 40))
+    small = [first, *(question(i) for i in range(1, 20))]
+    assert not plan.cache.can_ever_fit(question(98, lengths=(90, 90)))
+    plan.add_request(first)
+    plan.schedule()
+    plan.add_request(large)
+    for request in small[1:]:
+        plan.add_request(request)
+    admitted: list[Request] = [first]
+    order: list[int] = [0]
+    while plan.has_work():
+        admitted += plan.schedule().admit
+        order += [r.request_id for r in admitted if r.request_id not in order]
+        plan.finish(admitted.pop(0), RequestState.FINISHED_ANSWERED)
+    assert order.index(99) == 4, "three may pass it, then it runs"
+    assert sorted(order) == [*range(20), 99]
+    assert plan.cache.reserved_bytes == 0
 
 
 def test_one_step_encodes_no_more_context_than_it_may_but_always_some() -> None:

@@ -50,9 +50,9 @@ def options(folder: Path, **changes: object) -> WorkerOptions:
     return msgspec.structs.replace(made, **changes)
 
 
-def engine(made: WorkerOptions, **changes: object) -> AsyncEngine:
+def engine(*made: WorkerOptions, **changes: object) -> AsyncEngine:
     arguments = {"heartbeat_timeout_s": 60.0, "max_queued": 100, **changes}
-    return AsyncEngine([made], **arguments)  # type: ignore[arg-type]
+    return AsyncEngine(made, **arguments)  # type: ignore[arg-type]
 
 
 async def test_worker_answers_aborts_dies_and_comes_back(generator_folder: Path) -> None:
@@ -92,6 +92,34 @@ async def test_worker_answers_aborts_dies_and_comes_back(generator_folder: Path)
     assert running.workers[0]._process is None
 
 
+async def test_the_questions_of_a_worker_that_dies_are_answered_by_another_once(
+    generator_folder: Path,
+) -> None:
+    one, other = options(generator_folder), options(generator_folder)
+    running = engine(one, other)
+    await running.start()
+    try:
+        long = msgspec.structs.replace(work(0).settings, max_length=60, num_beams=8, min_length=60)
+        expected = await running.generate(work(0, settings=long))
+        doomed = [asyncio.ensure_future(running.generate(work(0, settings=long))) for _ in range(8)]
+        await asyncio.sleep(0.02)
+        first, second = (worker._process for worker in running.workers)
+        assert first is not None
+        assert second is not None
+        os.kill(first.pid, signal.SIGKILL)
+        for report in await asyncio.gather(*doomed):
+            assert report.hypotheses[0].token_ids == expected.hypotheses[0].token_ids
+        assert 0 < running.num_retried <= 8
+        os.kill(second.pid, signal.SIGSTOP)  # so that it cannot answer before it dies
+        lost = asyncio.ensure_future(running.workers[1].submit(work(10**6)))
+        await asyncio.sleep(0.02)
+        os.kill(second.pid, signal.SIGKILL)
+        with pytest.raises(WorkerLostError):
+            await lost
+    finally:
+        await running.stop()
+
+
 async def test_a_silent_worker_is_killed(generator_folder: Path) -> None:
     running = engine(options(generator_folder), heartbeat_timeout_s=1.0)
     await running.start()
@@ -111,9 +139,13 @@ async def test_refusals_name_their_cause(generator_folder: Path) -> None:
     try:
         with pytest.raises(InvalidArgumentError, match="bytes of cache"):
             await running.generate(work(0, contexts=[[5] * 60] * 90, doc_scores=[0.0] * 90))
-        running.check_room(1)
-        with pytest.raises(QueueFullError, match="takes 1"):
-            running.check_room(2)
+        with running.accepted(1), pytest.raises(QueueFullError, match="takes 1: no room for 1 more") as full:
+            running.accepted(1).__enter__()
+        assert full.value.retry_after_s == 1.0, "nothing was answered yet"
+        with pytest.raises(QueueFullError, match="no room for 2 more"), running.accepted(2):
+            pass
+        with running.accepted(1):
+            pass
     finally:
         await running.stop()
 
