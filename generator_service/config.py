@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from generator_service.types import Pooling, Strategy
+from generator_service.types import Batching, Pooling, Strategy
 from rag_serving.config import ServiceSettings
 
 ENV_PREFIX = "RAG_GENERATOR_"
@@ -78,6 +78,11 @@ class GeneratorSettings(ServiceSettings):
     )
     max_step_rows: int = Field(1024, ge=1, description="decoder rows of one step")
     max_step_context_tokens: int = Field(4096, ge=1, description="context tokens encoded in one step")
+    batching: Batching = Field(
+        Batching.CONTINUOUS,
+        description="CONTINUOUS lets questions join and leave at each step; GATHER runs one batch to its end before the"
+        " next, as a dynamic batcher would: there for comparison (make load), not for service",
+    )
     heartbeat_s: float = Field(1.0, gt=0, description="seconds between a worker's signs of life")
     heartbeat_timeout_s: float = Field(
         120.0, gt=0, description="seconds of silence until a worker is killed and started again"

@@ -191,6 +191,7 @@ def _worker_options(settings: GeneratorSettings, source: ModelSource) -> list[Wo
             heartbeat_s=settings.heartbeat_s,
             log_level=settings.log_level,
             log_format=settings.log_format,
+            batching=settings.batching,
         )
         for device in settings.devices or default_devices()
     ]

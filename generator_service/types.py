@@ -28,6 +28,13 @@ class Compatibility(Enum):
     HF = "HF"
 
 
+class Batching(Enum):
+    """When waiting questions join those that run: at any step, or only once all of these are answered."""
+
+    CONTINUOUS = "CONTINUOUS"
+    GATHER = "GATHER"
+
+
 class EarlyStopping(Enum):
     """When beam search ends: Hugging Face's False, True and "never"."""
 

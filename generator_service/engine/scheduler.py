@@ -11,6 +11,7 @@ from generator_service.engine.cache_manager import CacheManager
 from generator_service.engine.messages import EncodeQuestion
 from generator_service.engine.queue import WaitingQueue
 from generator_service.engine.request import Request, RequestState
+from generator_service.types import Batching
 
 _MAX_BLOCKED = 16
 """Requests that do not fit, beyond which no smaller one is looked for in a step."""
@@ -21,7 +22,8 @@ class SchedulerLimits:
     """What one step may hold; each bound lets at least one request through, however large.
 
     A level of priority is worth priority_step_s seconds of waiting. A request that does not fit is passed by smaller
-    ones behind it, by max_passes of them at most; then room is kept for it.
+    ones behind it, by max_passes of them at most; then room is kept for it. Batching.GATHER is the classic dynamic
+    batcher, there to compare with: whatever waits and fits runs as one batch, and nothing joins until it is through.
     """
 
     max_rows: int = 1024
@@ -29,6 +31,7 @@ class SchedulerLimits:
     max_questions_encoded: int = 64
     priority_step_s: float = 1.0
     max_passes: int = 32
+    batching: Batching = Batching.CONTINUOUS
 
 
 @dataclass
@@ -123,6 +126,9 @@ class Scheduler:
     def _admit(self, schedule: Schedule) -> None:
         """Let in what fits, in the queue's order; what does not is passed by smaller ones, but not for ever."""
         rows, tokens = self.num_rows, 0
+        gathers = self._limits.batching is Batching.GATHER
+        closed = gathers and bool(self.running)
+        max_tokens = float("inf") if gathers else self._limits.max_context_tokens
         blocked: list[Request] = []
         with contextlib.closing(self.waiting.in_order()) as waiting:
             for request in waiting:
@@ -132,10 +138,10 @@ class Scheduler:
                     schedule.encode.append(request)
                     self.waiting.remove(request.request_id)
                     continue
-                if any(b.times_passed >= self._limits.max_passes for b in blocked):
+                if closed or any(b.times_passed >= self._limits.max_passes for b in blocked):
                     return
                 tokens += sum(request.context_lengths)
-                if schedule.admit and tokens > self._limits.max_context_tokens:
+                if schedule.admit and tokens > max_tokens:
                     return
                 crowded = self.running and rows + request.max_rows > self._row_limit
                 if crowded or not self.cache.reserve(request):

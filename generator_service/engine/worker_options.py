@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from generator_service.types import ModelSource
+from generator_service.types import Batching, ModelSource
 
 
 class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +19,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     heartbeat_s: float
     log_level: str
     log_format: str
+    batching: Batching = Batching.CONTINUOUS
 
     def to_json(self) -> str:
         """As text."""

@@ -68,7 +68,11 @@ class WorkerProcess:
             torch.set_num_threads(options.threads or num_cores())
         loaded = load(options.source, device)
         budget = options.cache_budget_bytes or _automatic_budget(device)
-        limits = SchedulerLimits(max_rows=options.max_rows, max_context_tokens=options.max_context_tokens)
+        limits = SchedulerLimits(
+            max_rows=options.max_rows,
+            max_context_tokens=options.max_context_tokens,
+            batching=options.batching,
+        )
         runner = ModelRunner(loaded.backbone, loaded.question_encoder, device)
         core = EngineCore(runner, cache_budget_bytes=budget, limits=limits)
         started = time.perf_counter()

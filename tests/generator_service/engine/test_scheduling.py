@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from generator_service.engine.cache_manager import CacheManager
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer
 from generator_service.engine.queue import WaitingQueue
 from generator_service.engine.request import Request, RequestState
 from generator_service.engine.scheduler import Scheduler, SchedulerLimits
-from generator_service.types import Compatibility, GenerationSettings, SequenceDecoding, Strategy
+from generator_service.types import Batching, Compatibility, GenerationSettings, SequenceDecoding, Strategy
 
 
 def question(
@@ -41,7 +42,7 @@ def question(
     return Request(work)
 
 
-def scheduler(budget_bytes: int = 10**9, **limits: int) -> Scheduler:
+def scheduler(budget_bytes: int = 10**9, **limits: Any) -> Scheduler:
     cache = CacheManager(budget_bytes=budget_bytes, bytes_per_context_token=4, bytes_per_slot=4)
     return Scheduler(cache, SchedulerLimits(**limits))
 
@@ -180,6 +181,35 @@ def test_questions_to_encode_go_before_waiting_answers() -> None:
     schedule = plan.schedule()
     assert schedule.encode == [encode]
     assert [r.request_id for r in schedule.admit] == [1]
+
+
+def test_gathering_admits_nothing_until_the_whole_batch_is_answered() -> None:
+    plan = scheduler(batching=Batching.GATHER, max_context_tokens=30)
+    batch = [question(i, lengths=(20, 20)) for i in range(3)]
+    for request in batch:
+        plan.add_request(request)
+    assert plan.schedule().admit == batch, "one batch, whatever its contexts"
+    late, encode = question(3), Request(EncodeQuestion(request_id=4, input_ids=[1], attention_mask=[1]))
+    plan.add_request(late)
+    plan.add_request(encode)
+    schedule = plan.schedule()
+    assert (schedule.admit, schedule.encode) == ([], [encode])
+    for request in batch:
+        assert plan.schedule().admit == []
+        plan.finish(request, RequestState.FINISHED_ANSWERED)
+    assert plan.schedule().admit == [late]
+
+
+def test_gathering_stops_at_the_rows_of_a_step() -> None:
+    plan = scheduler(batching=Batching.GATHER, max_rows=8)
+    batch = [question(i) for i in range(3)]
+    for request in batch:
+        plan.add_request(request)
+    assert plan.schedule().admit == batch[:2]
+    plan.finish(batch[0], RequestState.FINISHED_ANSWERED)
+    assert plan.schedule().admit == []
+    plan.finish(batch[1], RequestState.FINISHED_ANSWERED)
+    assert plan.schedule().admit == batch[2:]
 
 
 def test_abort_frees_a_running_request_before_the_next_step() -> None:
