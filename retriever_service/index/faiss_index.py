@@ -106,6 +106,27 @@ class FaissBuilder:
         self._kind = kind
         self._index.verbose = False
 
+    def resume(self, file: Path) -> None:
+        """Goes on from what `checkpoint` wrote, as if there had been no break. Raises DamagedIndexError."""
+        try:
+            self._index = faiss.read_index(str(file))
+        except RuntimeError as error:
+            raise DamagedIndexError(file, f"faiss cannot read it: {_reason(error)}") from error
+        graph = _find(self._index, faiss.IndexHNSW)
+        if graph is not None and graph.ntotal == self.ntotal:
+            # The file does not hold the generator that draws the levels of the vectors still to come.
+            for _ in range(self.ntotal):
+                graph.hnsw.random_level()
+
+    def checkpoint(self, file: Path) -> None:
+        """Writes what there is so far: training, and the vectors added. Making it durable is the caller's part."""
+        faiss.write_index(self._index, str(file))
+
+    @property
+    def ntotal(self) -> int:
+        """Vectors added so far."""
+        return int(self._index.ntotal)
+
     @property
     def needs_training(self) -> bool:
         """Whether `train` must come before `add`."""

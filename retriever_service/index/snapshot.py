@@ -10,6 +10,7 @@
 
 A generation never changes once its folder has its name. A build writes into a hidden folder beside, makes it
 durable (fsync), renames it, and only then replaces CURRENT: whenever it is killed, the old generation serves.
+What it had written stays, and the next build of the same recipe goes on from there.
 """
 
 import contextlib
@@ -17,7 +18,6 @@ import fcntl
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +28,8 @@ INDEX_FILE = "index.faiss"
 DOCUMENTS_FILE = "documents.sqlite"
 CURRENT_FILE = "CURRENT"
 _LOCK_FILE = ".lock"
-_BUILDING_PREFIX = ".building-"
+_BUILDING_FOLDER = ".building"
+_RECIPE_FILE = "recipe.sha256"
 _GENERATION = re.compile(r"generation-(\d{6,})")
 _CURRENT = re.compile(rf"({_GENERATION.pattern}) (sha256:[0-9a-f]{{64}})\n")
 
@@ -96,10 +97,11 @@ class Snapshot:
 
 
 @contextlib.contextmanager
-def building(folder: Path) -> Iterator[Path]:
-    """Gives a build a hidden folder to write in, and takes it away afterwards if it was not published.
+def building(folder: Path, recipe: str) -> Iterator[Path]:
+    """Gives a build a hidden folder to write in; the one that a build of the same recipe left, if there is one.
 
-    Holds the folder's lock; clears what killed builds left. Raises BuildError while another build runs.
+    It stays where the build is killed, interrupted or out of disk, so that the same build can go on; a build of
+    another recipe clears it. Holds the index folder's lock. Raises BuildError while another build runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOCK_FILE).open("w") as lock:
@@ -107,14 +109,24 @@ def building(folder: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BuildError(f"another build is writing to {folder}") from error
-        for leftover in folder.glob(f"{_BUILDING_PREFIX}*"):
-            shutil.rmtree(leftover)
-        work = Path(tempfile.mkdtemp(prefix=_BUILDING_PREFIX, dir=folder))
-        work.chmod(0o755)
-        try:
-            yield work
-        finally:
+        work = folder / _BUILDING_FOLDER
+        if not _made_by(work, recipe):
             shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            (work / _RECIPE_FILE).write_text(recipe, encoding="ascii")
+        yield work
+
+
+def unpublished(folder: Path, recipe: str) -> Snapshot | None:
+    """Returns the generation that a build of this recipe had finished when it was killed before CURRENT named it.
+
+    Only the newest can be one. Raises DamagedIndexError where CURRENT is damaged.
+    """
+    newest = next(iter(_generations(folder)), None)
+    current = _read_current(folder)[0] if (folder / CURRENT_FILE).is_file() else None
+    if newest is None or newest[1] == current or not _made_by(newest[1], recipe):
+        return None
+    return Snapshot.open(newest[1])
 
 
 def next_generation(folder: Path) -> int:
@@ -134,14 +146,19 @@ def publish(work: Path, folder: Path, manifest: Manifest, *, keep: int) -> Snaps
     generation = folder / f"generation-{manifest.generation:06d}"
     work.rename(generation)
     _fsync(folder)
+    return make_current(Snapshot(generation, manifest), folder, keep=keep)
+
+
+def make_current(snapshot: Snapshot, folder: Path, *, keep: int) -> Snapshot:
+    """Points CURRENT at a generation of the folder, durably, then drops all but the `keep` newest."""
     waiting = folder / f"{CURRENT_FILE}.new"
-    waiting.write_text(f"{generation.name} {manifest.digest()}\n", encoding="ascii")
+    waiting.write_text(f"{snapshot.folder.name} {snapshot.manifest.digest()}\n", encoding="ascii")
     _fsync(waiting)
     waiting.replace(folder / CURRENT_FILE)
     _fsync(folder)
     for _, old in _generations(folder)[keep:]:
         shutil.rmtree(old)
-    return Snapshot(generation, manifest)
+    return snapshot
 
 
 def file_entries(work: Path) -> dict[str, FileEntry]:
@@ -150,6 +167,13 @@ def file_entries(work: Path) -> dict[str, FileEntry]:
         name: FileEntry(size_bytes=(work / name).stat().st_size, sha256=sha256_of_file(work / name))
         for name in (DOCUMENTS_FILE, INDEX_FILE)
     }
+
+
+def _made_by(work: Path, recipe: str) -> bool:
+    try:
+        return (work / _RECIPE_FILE).read_text(encoding="ascii", errors="replace") == recipe
+    except OSError:
+        return False
 
 
 def _read_current(folder: Path) -> tuple[Path, str]:

@@ -1,28 +1,39 @@
 """Builds a generation of an index: documents into SQLite, from them the faiss index, then publish."""
 
+import contextlib
 import datetime as dt
+import hashlib
 import importlib.metadata
 import itertools
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from retriever_service.errors import BuildError
 from retriever_service.index import snapshot
-from retriever_service.index.faiss_index import FaissBuilder, FaissIndex, normalized_kind
 from retriever_service.index.manifest import Embedding, Manifest
 from retriever_service.ingest.reader import CorpusReader
 from retriever_service.ingest.records import Record
-from retriever_service.store.sqlite import DuplicateKeyError, SqliteStore, SqliteWriter
+from retriever_service.ingest.vectors import (
+    RECIPE_FILE,
+    Progress,
+    VectorOptions,
+    adopt_vectors,
+    build_vectors,
+)
+from retriever_service.store.sqlite import DuplicateKeyError, SqliteStore, SqliteWriter, stored_dimension
 from retriever_service.types import Float32Array, Metric
 
-_RECORDS_PER_CHUNK = 512
-_VECTORS_PER_CHUNK = 16_384
-_TRAINING_SEED = 0
+RECORDS_PER_CHUNK = 512
+"""Documents that are embedded and committed together. A killed build goes on at a chunk's border, so that it
+embeds the same passages together as one that was not."""
+
+_MAX_FLOAT16 = float(np.finfo(np.float16).max)
 
 
 class Encoder(Protocol):
@@ -35,16 +46,23 @@ class Encoder(Protocol):
         """Returns float32 [len, dim] for (title, text) pairs."""
 
 
-class Progress(Protocol):
-    """Hears how a build goes on."""
+@runtime_checkable
+class CorpusEncoder(Protocol):
+    """An encoder that reads the corpus itself, for example on many machines."""
 
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        """`done` of `total` documents, None where that is not known, are through `stage`."""
+    def description(self) -> Embedding:
+        """How the vectors are made."""
+
+    def encode_corpus(self, corpus: CorpusReader, first_row: int) -> Iterator[Float32Array]:
+        """Yields float32 [RECORDS_PER_CHUNK or, last, less, dim] for the corpus's chunks from first_row on."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What to build. `nprobe` and `ef_search` become the index's own settings, where its kind has them."""
+    """What to build. `nprobe` and `ef_search` become the index's own settings, where its kind has them.
+
+    `embeddings_dtype` is what SQLite stores, float32 or float16; the index is built from what is stored.
+    """
 
     kind: str = "Flat"
     metric: Metric = Metric.INNER_PRODUCT
@@ -52,13 +70,19 @@ class BuildOptions:
     ef_search: int = 64
     keep_generations: int = 2
     faiss_file: Path | None = None
+    embeddings_dtype: str = "float32"
+    checkpoint_s: float = 60.0
+
+    def vectors(self) -> VectorOptions:
+        """The part that the faiss index is built by."""
+        return VectorOptions(self.kind, self.metric, self.nprobe, self.ef_search, self.checkpoint_s)
 
 
 def build_index(
     reader: CorpusReader,
     folder: Path,
     *,
-    encoder: Encoder | None,
+    encoder: Encoder | CorpusEncoder | None,
     embedding_name: str | None,
     options: BuildOptions,
     progress: Progress,
@@ -66,20 +90,22 @@ def build_index(
     """Builds the next generation in `folder` and makes it current; killed at any moment, the old one stays.
 
     The corpus brings its embeddings along, whose model is then `embedding_name`, or `encoder` makes them.
-    Memory holds a chunk of documents and the faiss index, whatever the size of the corpus. Raises BuildError.
+    A build of the same corpus with the same encoder goes on where one was killed. Memory holds a chunk of
+    documents and the faiss index, whatever the size of the corpus. Raises BuildError.
     """
-    with snapshot.building(folder) as work:
-        dimension = _write_documents(reader, work / snapshot.DOCUMENTS_FILE, encoder, progress)
-        store = SqliteStore(work / snapshot.DOCUMENTS_FILE, dimension)
-        try:
-            if options.faiss_file is None:
-                kind, metric = _build_vectors(store, work / snapshot.INDEX_FILE, dimension, options, progress)
-            else:
-                kind, metric = _adopt_vectors(
-                    options.faiss_file, work / snapshot.INDEX_FILE, dimension, len(store)
-                )
-        finally:
-            store.close()
+    embedding = _embedding(encoder, embedding_name)
+    recipe = _recipe(reader, embedding, options)
+    with snapshot.building(folder, recipe) as work:
+        finished = snapshot.unpublished(folder, recipe)
+        if finished is not None and _indexed_as(finished.folder, options):
+            shutil.rmtree(work)
+            return snapshot.make_current(finished, folder, keep=options.keep_generations)
+        documents_file = work / snapshot.DOCUMENTS_FILE
+        if not documents_file.exists():
+            _write_documents(reader, documents_file, encoder, options.embeddings_dtype, progress)
+        dimension = stored_dimension(documents_file, options.embeddings_dtype)
+        with contextlib.closing(SqliteStore(documents_file, dimension)) as store:
+            kind, metric = _index_vectors(store, work / snapshot.INDEX_FILE, dimension, options, progress)
         progress("publish", 0, 1)
         manifest = Manifest(
             generation=snapshot.next_generation(folder),
@@ -89,7 +115,7 @@ def build_index(
             metric=metric,
             dimension=dimension,
             ntotal=len(store),
-            embedding=_embedding(encoder, embedding_name),
+            embedding=embedding,
             files=snapshot.file_entries(work),
         )
         published = snapshot.publish(work, folder, manifest, keep=options.keep_generations)
@@ -97,41 +123,66 @@ def build_index(
         return published
 
 
-def _write_documents(reader: CorpusReader, file: Path, encoder: Encoder | None, progress: Progress) -> int:
-    """Writes documents and embeddings, chunk by chunk; returns the dimension."""
-    writer = SqliteWriter(file)
+def _write_documents(
+    reader: CorpusReader,
+    file: Path,
+    encoder: Encoder | CorpusEncoder | None,
+    embeddings_dtype: str,
+    progress: Progress,
+) -> None:
+    """Writes documents and embeddings, chunk by chunk, those that a killed build has not; then names the file."""
+    unfinished = file.with_name(file.name + ".unfinished")
+    writer = SqliteWriter(unfinished, embeddings_dtype)
     total = reader.count()
-    progress("documents", 0, total)
-    dimension: int | None = None
+    progress("documents", len(writer), total)
     try:
-        for chunk in _chunks(reader, _RECORDS_PER_CHUNK):
-            embeddings = _embeddings(chunk, encoder, dimension)
-            dimension = embeddings.shape[1]
+        for chunk, embeddings in _embedded(reader, len(writer), encoder, writer.dimension):
+            if embeddings_dtype == "float16":
+                _check_float16(chunk, embeddings)
             documents = [
-                (
-                    record.key if record.key is not None else str(row),
-                    record.title,
-                    record.text,
-                    record.metadata,
-                )
+                (str(row) if record.key is None else record.key, record.title, record.text, record.metadata)
                 for row, record in enumerate(chunk, start=len(writer))
             ]
             writer.append(documents, embeddings)
             progress("documents", len(writer), total)
-        if dimension is None:
-            raise BuildError(f"{reader.path}: no documents")
+        _check_not_empty(writer, reader)
         writer.finish()
+        unfinished.rename(file)
     except DuplicateKeyError as error:
+        shutil.rmtree(file.parent)
         first, second = reader.nth(error.first_row).where, reader.nth(error.second_row).where
         raise BuildError(f"{second}: key {error.key!r} is already taken by {first}") from error
+    except BuildError:
+        # What is wrong stands in the corpus or the command: neither will be the same next time.
+        shutil.rmtree(file.parent)
+        raise
     finally:
         writer.close()
-    return dimension
 
 
-def _embeddings(chunk: list[Record], encoder: Encoder | None, dimension: int | None) -> Float32Array:
-    if encoder is not None:
-        return encoder.encode([(record.title, record.text) for record in chunk])
+def _check_not_empty(writer: SqliteWriter, reader: CorpusReader) -> None:
+    if len(writer) == 0:
+        raise BuildError(f"{reader.path}: no documents")
+
+
+def _embedded(
+    reader: CorpusReader, first_row: int, encoder: Encoder | CorpusEncoder | None, dimension: int | None
+) -> Iterator[tuple[list[Record], Float32Array]]:
+    """Yields the chunks of records from first_row on with their embeddings, float32 [records, dim]."""
+    records = itertools.islice(iter(reader), first_row, None)
+    if isinstance(encoder, CorpusEncoder):
+        yield from zip(chunks(records), encoder.encode_corpus(reader, first_row), strict=True)
+        return
+    for chunk in chunks(records):
+        if encoder is None:
+            embeddings = _given_embeddings(chunk, dimension)
+            dimension = embeddings.shape[1]
+        else:
+            embeddings = encoder.encode([(record.title, record.text) for record in chunk])
+        yield chunk, embeddings
+
+
+def _given_embeddings(chunk: list[Record], dimension: int | None) -> Float32Array:
     given: list[Float32Array] = []
     for record in chunk:
         if record.embedding is None:
@@ -146,48 +197,31 @@ def _embeddings(chunk: list[Record], encoder: Encoder | None, dimension: int | N
     return np.stack(given)
 
 
-def _build_vectors(
+def _check_float16(chunk: list[Record], embeddings: Float32Array) -> None:
+    largest = np.abs(embeddings).max(axis=1)
+    for record, value in zip(chunk, largest.tolist(), strict=True):
+        if value > _MAX_FLOAT16:
+            raise BuildError(f"{record.where}: embedding holds {value:g}, more than float16 can")
+
+
+def _index_vectors(
     store: SqliteStore, file: Path, dimension: int, options: BuildOptions, progress: Progress
 ) -> tuple[str, Metric]:
-    kind = normalized_kind(options.kind)
-    builder = FaissBuilder(kind, dimension, options.metric)
-    if builder.needs_training:
-        progress("train", 0, 1)
-        builder.train(_sample(store, builder.num_training_vectors))
-        progress("train", 1, 1)
-    done = 0
-    for vectors in store.embedding_chunks(_VECTORS_PER_CHUNK):
-        builder.add(vectors)
-        done += len(vectors)
-        progress("index", done, len(store))
-    builder.save(file, nprobe=options.nprobe, ef_search=options.ef_search)
-    return kind, options.metric
+    if options.faiss_file is not None:
+        return adopt_vectors(options.faiss_file, file, dimension, len(store))
+    return build_vectors(store, file, dimension, options.vectors(), progress), options.metric
 
 
-def _adopt_vectors(source: Path, file: Path, dimension: int, num_documents: int) -> tuple[str, Metric]:
-    """Takes over a faiss file made elsewhere, for example by datasets' `save_faiss_index`."""
-    if not source.is_file():
-        raise BuildError(f"no faiss file at {source}")
-    index = FaissIndex.load(source)
-    if (index.dimension, index.ntotal) != (dimension, num_documents):
-        raise BuildError(
-            f"{source} holds {index.ntotal} vectors of dimension {index.dimension},"
-            f" the corpus {num_documents} of dimension {dimension}"
-        )
-    shutil.copyfile(source, file)
-    return index.kind(), index.metric
+def _indexed_as(generation: Path, options: BuildOptions) -> bool:
+    recipe = generation / RECIPE_FILE
+    return (
+        options.faiss_file is None
+        and recipe.is_file()
+        and recipe.read_text(encoding="utf-8") == options.vectors().recipe()
+    )
 
 
-def _sample(store: SqliteStore, size: int) -> Float32Array:
-    """Returns `size` embeddings, or all, drawn evenly; the same on every build of the same corpus."""
-    if len(store) <= size:
-        rows = np.arange(len(store))
-    else:
-        rows = np.random.default_rng(_TRAINING_SEED).choice(len(store), size=size, replace=False)
-    return store.embeddings_of(np.sort(rows).tolist())
-
-
-def _embedding(encoder: Encoder | None, name: str | None) -> Embedding:
+def _embedding(encoder: Encoder | CorpusEncoder | None, name: str | None) -> Embedding:
     if encoder is not None:
         return encoder.description()
     if not name:
@@ -195,9 +229,16 @@ def _embedding(encoder: Encoder | None, name: str | None) -> Embedding:
     return Embedding(name=name)
 
 
-def _chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+def _recipe(reader: CorpusReader, embedding: Embedding, options: BuildOptions) -> str:
+    """Returns a digest of all that decides what the documents and their embeddings are."""
+    parts = [reader.fingerprint(), embedding.model_dump(mode="json"), options.embeddings_dtype, _created_by()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Yields the records in lists of RECORDS_PER_CHUNK; the last one may be shorter."""
     iterator = iter(records)
-    while chunk := list(itertools.islice(iterator, size)):
+    while chunk := list(itertools.islice(iterator, RECORDS_PER_CHUNK)):
         yield chunk
 
 

@@ -1,5 +1,6 @@
 """`rag-index`: build, verify and describe the index folders that `rag-retriever` serves."""
 
+import enum
 import json
 import sqlite3
 import sys
@@ -8,8 +9,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from rag_serving.errors import RagError
@@ -17,6 +16,7 @@ from retriever_service.errors import BuildError
 from retriever_service.index.manifest import Manifest
 from retriever_service.index.snapshot import Snapshot
 from retriever_service.ingest.build import BuildOptions, Encoder, build_index
+from retriever_service.ingest.progress import shown_progress
 from retriever_service.ingest.reader import CorpusFormat, CorpusReader
 from retriever_service.ingest.records import MAX_TEXT_BYTES
 from retriever_service.ingest.verify import verify_index
@@ -29,12 +29,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _console = Console(stderr=True)
-_STAGES = {
-    "documents": "reading and embedding",
-    "train": "training",
-    "index": "indexing",
-    "publish": "writing",
-}
+
+
+class EmbeddingsDtype(enum.StrEnum):
+    """How SQLite holds the embeddings."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
 
 Folder = Annotated[Path, typer.Argument(help="index folder, or one generation in it")]
 
@@ -50,7 +52,9 @@ def main() -> None:
 
 @app.command()
 def build(
-    corpus: Annotated[Path, typer.Option("--input", help="JSONL, TSV or datasets folder")],
+    corpus: Annotated[
+        Path, typer.Option("--input", help="JSONL, TSV, datasets folder, folder of Markdown and text")
+    ],
     output: Annotated[
         Path, typer.Option(help="index folder; an index there stays until the new one is whole")
     ],
@@ -85,11 +89,27 @@ def build(
     threads: Annotated[
         int | None, typer.Option(min=1, help="threads of the encoder; default: torch's")
     ] = None,
+    embeddings_dtype: Annotated[
+        EmbeddingsDtype, typer.Option(help="how embeddings are stored; float16 takes half the room")
+    ] = EmbeddingsDtype.FLOAT32,
+    passage_words: Annotated[
+        int | None,
+        typer.Option(min=1, help="cut texts into passages of at most so many words; pages: 100"),
+    ] = None,
+    language: Annotated[str, typer.Option(help="language of the sentences, as ISO 639 has it")] = "en",
     max_text_bytes: Annotated[int, typer.Option(min=1, help="bytes of a title or text")] = MAX_TEXT_BYTES,
+    checkpoint_s: Annotated[
+        float, typer.Option(min=0, help="seconds of indexing that a killed build does again, about")
+    ] = 60.0,
     keep_generations: Annotated[int, typer.Option(min=1, help="generations left in the folder")] = 2,
 ) -> None:
-    """Builds an index, or its next generation; the old one serves until the new one is whole."""
-    reader = CorpusReader(corpus, corpus_format, max_text_bytes)
+    """Builds an index, or its next generation; the old one serves until the new one is whole.
+
+    Killed at any moment, the same command goes on where it was, to the same result.
+    """
+    reader = CorpusReader(
+        corpus, corpus_format, max_text_bytes, passage_words=passage_words, language=language
+    )
     encoder: Encoder | None = None
     if embedding_model is not None:
         # Imported here: verify, info and corpora with embeddings need no torch.
@@ -110,15 +130,17 @@ def build(
         )
     elif embedding_model_name is None:
         raise BuildError("give --embedding-model, or --embedding-model-name where the corpus has embeddings")
-    options = BuildOptions(kind, metric, nprobe, ef_search, keep_generations, faiss_file)
-    with _progress() as bars:
+    options = BuildOptions(
+        kind, metric, nprobe, ef_search, keep_generations, faiss_file, embeddings_dtype.value, checkpoint_s
+    )
+    with shown_progress(_console) as progress:
         snapshot = build_index(
             reader,
             output,
             encoder=encoder,
             embedding_name=embedding_model_name,
             options=options,
-            progress=_Stages(bars),
+            progress=progress,
         )
     _console.print(_table(snapshot.folder, snapshot.manifest))
 
@@ -141,32 +163,6 @@ def info(
         sys.stdout.write(json.dumps(snapshot.manifest.model_dump(mode="json"), indent=2) + "\n")
     else:
         Console().print(_table(snapshot.folder, snapshot.manifest))
-
-
-class _Stages:
-    """Shows each stage of a build as a progress bar of its own."""
-
-    def __init__(self, bars: RichProgress) -> None:
-        self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, stage: str, done: int, total: int | None) -> None:
-        if stage not in self._tasks:
-            for task in self._tasks.values():
-                self._bars.update(task, total=self._bars.tasks[task].completed or 1)
-                self._bars.stop_task(task)
-            self._tasks[stage] = self._bars.add_task(_STAGES[stage], total=total)
-        self._bars.update(self._tasks[stage], completed=done, total=total)
-
-
-def _progress() -> RichProgress:
-    return RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=_console,
-    )
 
 
 def _table(folder: Path, manifest: Manifest) -> Table:

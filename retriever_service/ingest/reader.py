@@ -1,8 +1,9 @@
-"""Reads a corpus as a stream of records: JSONL, TSV (psgs_w100) or a Hugging Face datasets folder."""
+"""Reads a corpus as a stream of records: JSONL, TSV (psgs_w100), datasets folders, Markdown and text."""
 
 import csv
 import enum
 import gzip
+import hashlib
 import itertools
 import json
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from retriever_service.errors import BuildError
+from retriever_service.ingest.pages import MARKDOWN_SUFFIXES, TEXT_SUFFIXES, page_files, read_pages
+from retriever_service.ingest.passages import DEFAULT_WORDS, split_record
 from retriever_service.ingest.records import MAX_TEXT_BYTES, Record, checked_record
 
 _JSON_FIELDS = frozenset({"key", "title", "text", "metadata", "embedding"})
@@ -23,6 +26,7 @@ class CorpusFormat(enum.StrEnum):
     JSONL = "jsonl"
     TSV = "tsv"
     DATASETS = "datasets"
+    PAGES = "pages"
 
 
 class CorpusReader:
@@ -31,11 +35,19 @@ class CorpusReader:
     JSONL: one object a line, {"key"?, "title"?, "text", "metadata"?, "embedding"?}; other names are refused.
     TSV: id<TAB>text<TAB>title with a header and csv quoting, as psgs_w100.tsv. Datasets: what `save_to_disk`
     wrote, with columns title, text, embeddings (RagRetriever's "custom" layout; embeddings may be missing)
-    and perhaps id. JSONL and TSV may be gzip files.
+    and perhaps id and metadata. JSONL and TSV may be gzip files. Pages: a folder of Markdown and text files.
+
+    With `passage_words` each record is cut into passages of at most so many words; pages always are.
     """
 
     def __init__(
-        self, path: Path, corpus_format: CorpusFormat | None = None, max_text_bytes: int = MAX_TEXT_BYTES
+        self,
+        path: Path,
+        corpus_format: CorpusFormat | None = None,
+        max_text_bytes: int = MAX_TEXT_BYTES,
+        *,
+        passage_words: int | None = None,
+        language: str = "en",
     ) -> None:
         """Raises BuildError where there is no such corpus or its format cannot be told from its name."""
         if not path.exists():
@@ -43,6 +55,9 @@ class CorpusReader:
         self.path = path
         self.format = corpus_format or _format_of(path)
         self._max_text_bytes = max_text_bytes
+        default_words = DEFAULT_WORDS if self.format is CorpusFormat.PAGES else None
+        self._passage_words = passage_words or default_words
+        self._language = language
 
     def __iter__(self) -> Iterator[Record]:
         """Yields the records in order. Raises BuildError naming the line or row of a bad one."""
@@ -50,19 +65,46 @@ class CorpusReader:
             CorpusFormat.JSONL: self._read_jsonl,
             CorpusFormat.TSV: self._read_tsv,
             CorpusFormat.DATASETS: self._read_datasets,
+            CorpusFormat.PAGES: self._read_pages,
         }[self.format]
-        for fields, where in read():
-            yield checked_record(fields, where, self._max_text_bytes)
+        if self._passage_words is None:
+            for fields, where in read():
+                yield checked_record(fields, where, self._max_text_bytes)
+            return
+        for number, (fields, where) in enumerate(read()):
+            named = fields if fields.get("key") is not None else fields | {"key": number}
+            record = checked_record(named, where, sys.maxsize)
+            yield from split_record(record, self._passage_words, self._language, self._max_text_bytes)
 
     def count(self) -> int | None:
         """Returns the number of records where that is cheap to know, for a progress bar."""
-        if self.format is not CorpusFormat.DATASETS:
+        if self.format is not CorpusFormat.DATASETS or self._passage_words is not None:
             return None
         return len(self._dataset())
 
     def nth(self, position: int) -> Record:
         """Returns record `position`, counted from 0, by reading up to it."""
         return next(itertools.islice(iter(self), position, None))
+
+    def fingerprint(self) -> str:
+        """Returns a digest of how the corpus is read and of names, sizes and times of its files.
+
+        While it stays the same, so do the records.
+        """
+        digest = hashlib.sha256()
+        settings = (self.format, self._passage_words, self._language, self._max_text_bytes)
+        digest.update(repr(settings).encode())
+        for file in self._files():
+            found = file.stat()
+            digest.update(f"\0{file.absolute()}\0{found.st_size}\0{found.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def _files(self) -> list[Path]:
+        if self.format is CorpusFormat.PAGES:
+            return page_files(self.path)
+        if self.path.is_dir():
+            return sorted(file for file in self.path.iterdir() if file.is_file())
+        return [self.path]
 
     def _read_jsonl(self) -> Iterator[tuple[dict[str, Any], str]]:
         with self._open() as stream:
@@ -110,13 +152,28 @@ class CorpusReader:
             dataset = dataset.with_format(
                 "numpy", columns=["embeddings"], output_all_columns=True, dtype="float32"
             )
-        columns = {"title": "title", "text": "text", "embedding": "embeddings", "key": "id"}
+        columns = {
+            "title": "title",
+            "text": "text",
+            "embedding": "embeddings",
+            "key": "id",
+            "metadata": "metadata",
+        }
         row = 0
         for rows in dataset.iter(batch_size=_DATASET_ROWS):
             for position in range(len(rows["text"])):
                 fields = {ours: rows[theirs][position] for ours, theirs in columns.items() if theirs in names}
+                if isinstance(fields.get("metadata"), dict):
+                    # Arrow gives every row every field of the column, None where the row had it not.
+                    given = fields["metadata"]
+                    fields["metadata"] = {name: value for name, value in given.items() if value is not None}
                 yield fields, f"{self.path}, row {row}"
                 row += 1
+
+    def _read_pages(self) -> Iterator[tuple[dict[str, Any], str]]:
+        if not page_files(self.path):
+            raise BuildError(f"{self.path}: neither a datasets folder nor one with .md or .txt files")
+        yield from read_pages(self.path)
 
     def _dataset(self) -> Any:
         # Imported here: reading the other formats must not cost the second that datasets takes to import.
@@ -144,9 +201,12 @@ class CorpusReader:
 
 def _format_of(path: Path) -> CorpusFormat:
     if path.is_dir():
-        return CorpusFormat.DATASETS
-    name = path.name.removesuffix(".gz")
-    for suffix, corpus_format in ((".jsonl", CorpusFormat.JSONL), (".tsv", CorpusFormat.TSV)):
-        if name.endswith(suffix):
-            return corpus_format
-    raise BuildError(f"cannot tell the format of {path}: say --format jsonl, tsv or datasets")
+        saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        return CorpusFormat.DATASETS if saved else CorpusFormat.PAGES
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if path.suffix.lower() in MARKDOWN_SUFFIXES | TEXT_SUFFIXES:
+        return CorpusFormat.PAGES
+    known = {".jsonl": CorpusFormat.JSONL, ".tsv": CorpusFormat.TSV}
+    if suffix not in known:
+        raise BuildError(f"cannot tell the format of {path}: say --format {', '.join(CorpusFormat)}")
+    return known[suffix]

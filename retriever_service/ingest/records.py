@@ -46,7 +46,7 @@ def checked_record(fields: dict[str, Any], where: str, max_text_bytes: int = MAX
         key=None if key is None else _checked_text(str(key), "key", where, _MAX_KEY_BYTES, required=True),
         title=_checked_text("" if title is None else title, "title", where, max_text_bytes),
         text=_checked_text(fields.get("text"), "text", where, max_text_bytes, required=True),
-        metadata=None if metadata is None else json.dumps(metadata, ensure_ascii=False, sort_keys=True),
+        metadata=None if metadata is None else _checked_metadata(metadata, where),
         embedding=_checked_embedding(fields.get("embedding"), where),
     )
 
@@ -57,13 +57,25 @@ def _checked_text(text: object, field: str, where: str, max_bytes: int, *, requi
         raise BuildError(f"{where}: {field} {'is ' if text is None else ''}{what}")
     if required and not text:
         raise BuildError(f"{where}: {field} is empty")
+    checked_size(text, field, where, max_bytes)
+    return text
+
+
+def checked_size(text: str, field: str, where: str, max_bytes: int) -> None:
+    """Raises BuildError for a text of more bytes in UTF-8, or one that has no UTF-8."""
     try:
         size_bytes = len(text.encode())
     except UnicodeEncodeError as error:
         raise BuildError(f"{where}: {field} is not valid Unicode: {error.reason}") from error
     if size_bytes > max_bytes:
         raise BuildError(f"{where}: {field} has {size_bytes} bytes, at most {max_bytes} are allowed")
-    return text
+
+
+def _checked_metadata(metadata: dict[str, Any], where: str) -> str:
+    try:
+        return json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BuildError(f"{where}: metadata is not JSON: {error}") from error
 
 
 def _checked_embedding(embedding: Sequence[float] | None, where: str) -> Float32Array | None:

@@ -15,7 +15,10 @@ from retriever_service.store.base import DocumentStore
 from retriever_service.types import Document, Float32Array
 
 _VALUES_PER_QUERY = 1000
-_EMBEDDING_DTYPE = np.dtype("<f4")
+# Where "file change counter" and "version valid for" stand: https://www.sqlite.org/fileformat2.html
+_CHANGE_COUNTERS = (24, 92)
+# Stored embeddings are float32, or float16 where a build was asked for it; their length in bytes tells.
+EMBEDDING_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
 class SqliteStore(DocumentStore):
@@ -50,19 +53,20 @@ class SqliteStore(DocumentStore):
     def embeddings_of(self, rows: Sequence[int]) -> Float32Array:
         """Returns float32 [len(rows), dimension], in the order asked: see DocumentStore."""
         found = dict(self._select("SELECT row, embedding FROM embeddings WHERE row IN", rows))
+        dtypes = {self._dimension * dtype.itemsize: dtype for dtype in EMBEDDING_DTYPES.values()}
         embeddings = np.empty((len(rows), self._dimension), dtype=np.float32)
         for position, row in enumerate(rows):
             blob = found.get(row)
-            if blob is None or len(blob) != self._dimension * _EMBEDDING_DTYPE.itemsize:
+            if blob is None or len(blob) not in dtypes:
                 raise DataLossError(
                     f"{self._file}: row {row} has no embedding of dimension {self._dimension}"
                 )
-            embeddings[position] = np.frombuffer(blob, dtype=_EMBEDDING_DTYPE)
+            embeddings[position] = np.frombuffer(blob, dtype=dtypes[len(blob)])
         return embeddings
 
-    def embedding_chunks(self, rows_per_chunk: int) -> Iterator[Float32Array]:
-        """Yields all embeddings in row order, float32 [at most rows_per_chunk, dimension] at a time."""
-        for start in range(0, len(self), rows_per_chunk):
+    def embedding_chunks(self, rows_per_chunk: int, first_row: int = 0) -> Iterator[Float32Array]:
+        """Yields the embeddings from first_row on, float32 [at most rows_per_chunk, dimension] at a time."""
+        for start in range(first_row, len(self), rows_per_chunk):
             yield self.embeddings_of(range(start, min(start + rows_per_chunk, len(self))))
 
     def check(self) -> None:
@@ -102,15 +106,24 @@ class SqliteStore(DocumentStore):
 
 
 class SqliteWriter:
-    """Writes a new store from row 0 on; only `finish` makes it one that SqliteStore opens."""
+    """Writes a store, from row 0 on or from where a killed writer came to; only `finish` makes it whole."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, embeddings_dtype: str = "float32") -> None:
+        """`embeddings_dtype` is float32 or float16. Raises sqlite3.Error where the file is no store."""
+        self._file = file
+        self._dtype = EMBEDDING_DTYPES[embeddings_dtype]
         self._connection = sqlite3.connect(file, isolation_level=None)
         self._connection.executescript(_SCHEMA)
-        self._num_documents = 0
+        found = self._connection.execute("SELECT count(*) FROM documents").fetchone()
+        self._num_documents = int(found[0])
 
     def __len__(self) -> int:
         return self._num_documents
+
+    @property
+    def dimension(self) -> int | None:
+        """Numbers in a stored embedding; None before the first."""
+        return _dimension(self._connection, self._dtype)
 
     def append(
         self,
@@ -123,7 +136,7 @@ class SqliteWriter:
         """
         first = self._num_documents
         rows = range(first, first + len(documents))
-        blobs = embeddings.astype(_EMBEDDING_DTYPE, copy=False)
+        blobs = embeddings.astype(self._dtype, copy=False)
         self._connection.execute("BEGIN")
         try:
             for row, (key, title, text, metadata) in zip(rows, documents, strict=True):
@@ -143,6 +156,11 @@ class SqliteWriter:
         self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._connection.execute("PRAGMA journal_mode=DELETE")
         self.close()
+        with self._file.open("r+b") as stream:
+            # The header counts the connections that wrote: a killed build has more, and else the same bytes.
+            for offset in _CHANGE_COUNTERS:
+                stream.seek(offset)
+                stream.write((1).to_bytes(4, "big"))
 
     def close(self) -> None:
         """Closes the connection; an unfinished store stays unfinished."""
@@ -160,6 +178,23 @@ class SqliteWriter:
             raise DuplicateKeyError(key, first_row=int(found[0]), second_row=row) from error
 
 
+def stored_dimension(file: Path, embeddings_dtype: str) -> int:
+    """Returns how many numbers the embeddings of a finished store have. Raises DamagedIndexError."""
+    with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        try:
+            dimension = _dimension(connection, EMBEDDING_DTYPES[embeddings_dtype])
+        except sqlite3.DatabaseError as error:
+            raise DamagedIndexError(file, f"SQLite cannot read it: {error}") from error
+    if dimension is None:
+        raise DamagedIndexError(file, "holds no embedding")
+    return dimension
+
+
+def _dimension(connection: sqlite3.Connection, dtype: np.dtype[Any]) -> int | None:
+    found = connection.execute("SELECT length(embedding) FROM embeddings LIMIT 1").fetchone()
+    return None if found is None else int(found[0]) // dtype.itemsize
+
+
 class DuplicateKeyError(Exception):
     """A key given to two documents; rows count from 0 in the order of writing."""
 
@@ -173,14 +208,14 @@ class DuplicateKeyError(Exception):
 _SCHEMA = """
 PRAGMA journal_mode=WAL;
 PRAGMA synchronous=NORMAL;
-CREATE TABLE documents (
+CREATE TABLE IF NOT EXISTS documents (
     row INTEGER PRIMARY KEY,
     key TEXT NOT NULL UNIQUE,
     title TEXT NOT NULL,
     text TEXT NOT NULL,
     metadata TEXT
 ) STRICT;
-CREATE TABLE embeddings (
+CREATE TABLE IF NOT EXISTS embeddings (
     row INTEGER PRIMARY KEY,
     embedding BLOB NOT NULL
 ) STRICT;

@@ -14,7 +14,7 @@ from retriever_service.index.snapshot import Snapshot
 from retriever_service.ingest.build import BuildOptions, build_index
 from retriever_service.ingest.reader import CorpusReader
 from retriever_service.store.sqlite import SqliteStore
-from retriever_service.types import Metric
+from retriever_service.types import Metric, SearchParameters
 from tests.retriever_service.tiny_models import make_documents, write_jsonl
 
 Build = Callable[..., Snapshot]
@@ -104,3 +104,26 @@ def test_faiss_file_that_does_not_fit_the_corpus_is_refused(
         build_corpus(corpus, tmp_path / "index", faiss_file=other.index_file)
     with pytest.raises(BuildError, match="no faiss file"):
         build_corpus(corpus, tmp_path / "index", faiss_file=tmp_path / "none")
+
+
+def test_float16_embeddings_take_half_the_room_and_are_what_is_indexed(
+    tmp_path: Path, build_corpus: Build
+) -> None:
+    documents = make_documents(100, 16)
+    corpus = write_jsonl(tmp_path / "c.jsonl", documents)
+    snapshot = build_corpus(corpus, tmp_path / "index", embeddings_dtype="float16")
+    store = SqliteStore(snapshot.documents_file, 16)
+    stored = store.embeddings_of(range(100))
+    given = np.asarray([document["embedding"] for document in documents])
+    np.testing.assert_array_equal(stored, given.astype(np.float16).astype(np.float32))
+    (size,) = store._select("SELECT length(embedding) FROM embeddings WHERE row IN", [0])
+    assert size[0] == 32
+    _, scores = FaissIndex.load(snapshot.index_file).search(stored[:5], 1, SearchParameters())
+    np.testing.assert_allclose(scores[:, 0], (stored[:5] ** 2).sum(axis=1), rtol=1e-5)
+    store.close()
+
+
+def test_embedding_beyond_float16_is_refused(tmp_path: Path, build_corpus: Build) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "a", "embedding": [70000.0]}])
+    with pytest.raises(BuildError, match="line 1: embedding holds 70000, more than float16 can"):
+        build_corpus(corpus, tmp_path / "index", embeddings_dtype="float16")

@@ -104,7 +104,7 @@ def test_file_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
 
 
 def test_format_is_told_by_name_or_by_the_caller(tmp_path: Path) -> None:
-    file = write(tmp_path, "c.txt", '{"text": "a"}\n')
+    file = write(tmp_path, "c.data", '{"text": "a"}\n')
     with pytest.raises(BuildError, match="cannot tell the format"):
         CorpusReader(file)
     assert len(list(CorpusReader(file, CorpusFormat.JSONL))) == 1
@@ -132,5 +132,5 @@ def test_datasets_folder_keeps_embeddings_bit_for_bit(
 
 
 def test_folder_that_is_no_dataset_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="not a datasets folder"):
+    with pytest.raises(BuildError, match="neither a datasets folder nor"):
         list(CorpusReader(tmp_path))

@@ -120,7 +120,7 @@ def test_failed_build_leaves_no_trace(folder: Path, tmp_path: Path, build_corpus
 
 
 def test_two_builds_at_once_are_refused(folder: Path, corpus: Path, build_corpus: Build) -> None:
-    with snapshot.building(folder), pytest.raises(BuildError, match="another build is writing"):
+    with snapshot.building(folder, "a recipe"), pytest.raises(BuildError, match="another build is writing"):
         build_corpus(corpus, folder)
     build_corpus(corpus, folder)
 
@@ -128,15 +128,17 @@ def test_two_builds_at_once_are_refused(folder: Path, corpus: Path, build_corpus
 _BUILD_PROGRAM = """
 import os, sys, time
 from retriever_service.index import snapshot
+from retriever_service.ingest import vectors
 from retriever_service.ingest.build import BuildOptions, build_index
 from retriever_service.ingest.reader import CorpusReader
 
-corpus, folder, stop_at = sys.argv[1:]
+corpus, folder, kind, stop_at = sys.argv[1:]
+vectors._VECTORS_PER_CHUNK = 100
 
 def stop(name):
-    if name == stop_at or (stop_at == "never" and name == "documents 0"):
+    if name == stop_at:
         print("here", flush=True)
-        time.sleep(0 if stop_at == "never" else 60)
+        time.sleep(0 if name == "start" else 60)
 
 fsync = snapshot._fsync
 def slow_fsync(path):
@@ -144,14 +146,17 @@ def slow_fsync(path):
     stop(f"fsync {path.name}")
 snapshot._fsync = slow_fsync
 
+stop("start")
 from pathlib import Path
 build_index(CorpusReader(Path(corpus)), Path(folder), encoder=None, embedding_name="tiny-encoder",
-            options=BuildOptions(kind="HNSW8"), progress=lambda stage, done, total: stop(f"{stage} {done}"))
+            options=BuildOptions(kind=kind, checkpoint_s=0),
+            progress=lambda stage, done, total: stop(f"{stage} {done}"))
 """
 
 KILLED_AT = [
     ("documents 0", 1),
     ("documents 512", 1),
+    ("index 300", 1),
     ("index 700", 1),
     ("publish 0", 1),
     ("fsync manifest.json", 1),
@@ -160,13 +165,17 @@ KILLED_AT = [
 ]
 
 
+def start_build(corpus: Path, folder: Path, kind: str, stop_at: str) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", _BUILD_PROGRAM, str(corpus), str(folder), kind, stop_at]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+
 @pytest.mark.parametrize(("stop_at", "generation"), KILLED_AT)
 def test_build_killed_midway_leaves_an_index_that_serves(
     folder: Path, tmp_path: Path, build_corpus: Build, stop_at: str, generation: int
 ) -> None:
     corpus = write_jsonl(tmp_path / "more.jsonl", make_documents(700, 16, seed=9))
-    arguments = [sys.executable, "-c", _BUILD_PROGRAM, str(corpus), str(folder), stop_at]
-    build = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    build = start_build(corpus, folder, "HNSW8", stop_at)
     assert build.stdout is not None
     assert build.stdout.readline() == "here\n"
     os.kill(build.pid, signal.SIGKILL)
@@ -181,13 +190,62 @@ def test_build_killed_midway_leaves_an_index_that_serves(
     verify_index(folder, lambda what: None)
 
 
+@pytest.mark.parametrize("kind", ["HNSW8", "IVF8,PQ4x4"])
+def test_build_killed_again_and_again_ends_in_the_same_bytes(tmp_path: Path, kind: str) -> None:
+    """Each run gets a little further than the last before SIGKILL; a build that begins anew never ends."""
+    corpus = write_jsonl(tmp_path / "more.jsonl", make_documents(1300, 16, seed=9))
+    for stop_at in ("documents 512", "documents 1024", "index 0", "index 300", "index 1100", "publish 0"):
+        with start_build(corpus, tmp_path / "killed", kind, stop_at) as build:
+            assert build.stdout is not None
+            assert build.stdout.readline() == "here\n"
+            build.kill()
+    for folder in ("killed", "whole"):
+        with start_build(corpus, tmp_path / folder, kind, "never") as build:
+            pass
+        assert build.returncode == 0
+    killed, whole = (Snapshot.open(tmp_path / folder).manifest for folder in ("killed", "whole"))
+    assert killed.files == whole.files
+    assert killed.model_copy(update={"created_at": whole.created_at}) == whole
+
+
 def test_builds_killed_at_any_moment_leave_an_index_that_serves(folder: Path, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "more.jsonl", make_documents(700, 16, seed=9))
-    arguments = [sys.executable, "-c", _BUILD_PROGRAM, str(corpus), str(folder), "never"]
-    for delay_s in (0.0, 0.02, 0.04, 0.08, 0.16):
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as build:
+    for delay_s in (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.16):
+        with start_build(corpus, folder, "HNSW8", "start") as build:
             assert build.stdout is not None
             assert build.stdout.readline() == "here\n"
             time.sleep(delay_s)
             build.kill()
         assert verify_index(folder, lambda what: None).manifest.ntotal in {60, 700}
+    with start_build(corpus, folder, "HNSW8", "never"), start_build(corpus, tmp_path / "x", "HNSW8", "never"):
+        pass
+    killed, whole = (Snapshot.open(path).manifest for path in (folder, tmp_path / "x"))
+    assert killed.files == whole.files
+
+
+def test_finished_generation_is_taken_up_where_only_current_was_missing(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "more.jsonl", make_documents(700, 16, seed=9))
+    with start_build(corpus, tmp_path / "index", "Flat", "fsync CURRENT.new") as build:
+        assert build.stdout is not None
+        assert build.stdout.readline() == "here\n"
+        build.kill()
+    with start_build(corpus, tmp_path / "index", "Flat", "never"):
+        pass
+    assert names(tmp_path / "index") == [".lock", "CURRENT", "generation-000001"]
+    assert Snapshot.open(tmp_path / "index").manifest.ntotal == 700
+
+
+def test_other_kind_keeps_the_documents_that_a_killed_build_wrote(
+    tmp_path: Path, build_corpus: Build
+) -> None:
+    corpus = write_jsonl(tmp_path / "more.jsonl", make_documents(700, 16, seed=9))
+    with start_build(corpus, tmp_path / "index", "HNSW8", "index 300") as build:
+        assert build.stdout is not None
+        assert build.stdout.readline() == "here\n"
+        build.kill()
+    (left,) = (tmp_path / "index" / ".building").glob("documents.sqlite")
+    written = left.stat().st_ino
+    snapshot = build_corpus(corpus, tmp_path / "index", kind="IVF8,Flat")
+    assert snapshot.documents_file.stat().st_ino == written
+    assert snapshot.manifest.kind == "IVF8,Flat"
+    verify_index(tmp_path / "index", lambda what: None)
