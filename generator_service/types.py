@@ -97,13 +97,30 @@ class GenerationSettings(msgspec.Struct, frozen=True, kw_only=True):
         return self.pad_token_id or (self.eos_token_ids[0] if self.eos_token_ids else -1)
 
 
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer's generated tokens owe to which context; arrays are little-endian float32.
+
+    token_log_probs and token_posterior [tokens, contexts]: log p(token | prefix, document), zero where the token does
+    not count, and the posterior of the documents (decoding.provenance). cross_attention holds, for each token, its
+    weights over the tokens of the likeliest document's context [context length], averaged over layers and heads.
+    """
+
+    token_log_probs: bytes
+    token_posterior: bytes
+    cross_attention: list[bytes]
+
+
 class Hypothesis(msgspec.Struct, frozen=True, kw_only=True):
-    """One answer: token_ids start with the start token and hold no pads; document_posterior is over the contexts."""
+    """One answer: token_ids start with the start token and hold no pads; document_posterior is over the contexts.
+
+    trace is there where the request asked for it.
+    """
 
     token_ids: list[int]
     score: float
     log_likelihood: float
     document_posterior: list[float]
+    trace: Trace | None = None
 
 
 class QuestionScore(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +130,7 @@ class QuestionScore(msgspec.Struct, frozen=True, kw_only=True):
     nll_loss: float
     smooth_loss: float
     document_posterior: list[float]
+    trace: Trace | None = None
 
 
 class Pooling(Enum):

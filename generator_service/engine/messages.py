@@ -40,6 +40,7 @@ class GenerateAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     doc_scores: list[float]
     do_deduplication: bool
     exclude_bos_score: bool
+    trace: bool = False
     priority: int = 0
     deadline_s: float | None = None
 
@@ -55,6 +56,7 @@ class ScoreTarget(msgspec.Struct, frozen=True, kw_only=True, tag="score"):
     labels: list[int]
     pad_token_id: int
     exclude_first: bool
+    trace: bool = False
     priority: int = 0
     deadline_s: float | None = None
 

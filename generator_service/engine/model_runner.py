@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from generator_service.decoding import marginalize
-from generator_service.engine import scoring
+from generator_service.engine import scoring, tracing
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, ScoreTarget
 from generator_service.engine.request import Request
 from generator_service.engine.scheduler import Schedule
@@ -61,6 +61,7 @@ class ModelRunner:
         self._questions: dict[int, _Question] = {}
         self._candidates: list[scoring.CandidateScoring] = []
         self._targets: list[scoring.TargetScoring] = []
+        self._tracings: list[tracing.Tracing] = []
         # contexts that some running question holds: an equal one of another question is not encoded again
         self._encoded: WeakValueDictionary[tuple[int, ...], ContextStates] = WeakValueDictionary()
 
@@ -99,6 +100,7 @@ class ModelRunner:
         self._drop_empty_pools()
         self._candidates = [c for c in self._candidates if c.request.request_id != request_id]
         self._targets = [t for t in self._targets if t.request.request_id != request_id]
+        self._tracings = [t for t in self._tracings if t.request.request_id != request_id]
 
     # --- joining
 
@@ -162,10 +164,10 @@ class ModelRunner:
     def _decode(self, outcome: StepOutcome) -> None:
         started = time.perf_counter()
         pools = [(pool, pool.blocks()) for pool in self._pools.values()]
-        candidates, targets = self._candidates, self._targets
-        self._candidates, self._targets = [], []
+        candidates, targets, tracings = self._candidates, self._targets, self._tracings
+        self._candidates, self._targets, self._tracings = [], [], []
         blocks = [b for _, found in pools for b in found if b is not None]
-        blocks += [c.block for c in candidates] + [t.block for t in targets]
+        blocks += [c.block for c in candidates] + [t.block for t in targets] + [t.block for t in tracings]
         if blocks:
             states = self.backbone.decode(RowBatch(blocks))
             parts = iter(torch.split(states, [b.num_rows for b in blocks]))
@@ -183,6 +185,10 @@ class ModelRunner:
             question = self._questions.pop(target.request.request_id)
             score = scoring.finish_target(target, next(parts), self.backbone, question.log_prior)
             outcome.scored.append((target.request, score))
+        for traced in tracings:
+            question = self._questions.pop(traced.request.request_id)
+            hypotheses = tracing.finish(traced, next(parts), self.backbone, question.log_prior)
+            outcome.answered.append((traced.request, hypotheses))
         scored = time.perf_counter()
         self._collect(outcome)
         outcome.part_s["decode"] += decoded - started
@@ -244,6 +250,11 @@ class ModelRunner:
         )
 
     def _answer(self, request: Request, hypotheses: list[Hypothesis], outcome: StepOutcome) -> None:
+        assert isinstance(request.work, GenerateAnswer)
+        if request.work.trace and hypotheses:
+            contexts = self._questions[request.request_id].contexts
+            self._tracings.append(tracing.start(request, hypotheses, contexts, self.backbone, self.device))
+            return
         del self._questions[request.request_id]
         outcome.answered.append((request, hypotheses))
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import Tensor
 
 from generator_service.decoding import marginalize, rag_sequence, targets
+from generator_service.engine import trace
 from generator_service.engine.messages import GenerateAnswer, ScoreTarget
 from generator_service.engine.request import Request
 from generator_service.engine.search import FoundHypothesis
 from generator_service.model.backbone import Backbone, RowBlock
+from generator_service.model.cross_attention_scores import CrossAttentionScores
 from generator_service.model.kv_cache import ContextStates
 from generator_service.types import Compatibility, Hypothesis, QuestionScore, SequenceDecoding
 
@@ -61,11 +64,18 @@ def start_candidates(
     device: torch.device,
 ) -> CandidateScoring:
     """Lay the candidates out as rows over all the question's contexts."""
+    tree, block = tree_block(candidates, contexts, backbone, device)
+    return CandidateScoring(request, candidates, tree, block)
+
+
+def tree_block(
+    candidates: list[list[int]], contexts: Sequence[ContextStates], backbone: Backbone, device: torch.device
+) -> tuple[rag_sequence.PrefixTree, RowBlock]:
+    """Token sequences as one prefix tree, and its rows over all contexts."""
     tree = rag_sequence.build_tree(candidates, device)
     cache = backbone.new_cache(len(contexts))
     cache.append(tree.token_ids, tree.positions)
-    block = RowBlock(tree.token_ids, tree.positions, contexts, cache, tree.ancestry)
-    return CandidateScoring(request, candidates, tree, block)
+    return tree, RowBlock(tree.token_ids, tree.positions, contexts, cache, tree.ancestry)
 
 
 def start_target(
@@ -79,7 +89,10 @@ def start_target(
     cache = backbone.new_cache(len(contexts))
     cache.append(labels, positions)
     ancestry = torch.ones(len(labels), len(labels), dtype=torch.bool, device=device).tril()
-    return TargetScoring(request, labels, RowBlock(labels, positions, contexts, cache, ancestry))
+    block = RowBlock(labels, positions, contexts, cache, ancestry)
+    if work.trace:
+        block.cross_attention = CrossAttentionScores(len(contexts))
+    return TargetScoring(request, labels, block)
 
 
 def finish_candidates(
@@ -88,7 +101,7 @@ def finish_candidates(
     """Answers, best first; states are the decoder's for the scoring's block."""
     work = scoring.request.work
     assert isinstance(work, GenerateAnswer)
-    edges = _edge_log_probs(scoring, states, backbone)
+    edges = edge_log_probs(scoring.tree, len(scoring.block.contexts), states, backbone)
     rules = rag_sequence.ScoringRules(
         work.compatibility, work.exclude_bos_score, work.settings.bos_token_id, work.settings.pad_token_id
     )
@@ -161,12 +174,15 @@ def finish_target(
     log_probs = torch.log_softmax(backbone.logits(states), dim=-1)
     rules = targets.LossRules(work.strategy, work.compatibility, work.exclude_first, work.pad_token_id)
     shaped = log_probs.view(len(scoring.block.contexts), len(work.labels), -1)
-    return targets.score_target(shaped, scoring.labels, log_prior, rules)
+    score = targets.score_target(shaped, scoring.labels, log_prior, rules)
+    if not work.trace:
+        return score
+    traced = trace.trace_target(shaped, scoring.block, scoring.labels, log_prior, work)
+    return msgspec.structs.replace(score, trace=traced)
 
 
-def _edge_log_probs(scoring: CandidateScoring, states: Tensor, backbone: Backbone) -> Tensor:
+def edge_log_probs(tree: rag_sequence.PrefixTree, n_docs: int, states: Tensor, backbone: Backbone) -> Tensor:
     """float32 [n_docs, edges]: log p(next token | prefix, document)."""
-    tree, n_docs = scoring.tree, len(scoring.block.contexts)
     rows = tree.token_ids.shape[0]
     out = torch.empty((n_docs, tree.edge_rows.shape[0]), device=states.device)
     for start, logits, lse in _chunks(states, backbone):

@@ -71,6 +71,8 @@ def cross_attention(query: Tensor, batch: RowBatch, layer: int, heads: int, *, s
             low = start + index * rows
             part = query[low : low + rows].view(rows, heads, -1).transpose(0, 1)[None]
             keys, values = context.cross[2 * layer][None], context.cross[2 * layer + 1][None]
+            if block.cross_attention is not None:
+                block.cross_attention.add(index, part[0], keys[0], scale)
             attended = F.scaled_dot_product_attention(part, keys, values, scale=scale)
             out[low : low + rows] = attended[0].transpose(0, 1).flatten(1)
     return out

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from generator_service.model.cross_attention_scores import CrossAttentionScores
 from generator_service.model.kv_cache import ContextStates, SelfCache
 
 
@@ -17,7 +18,8 @@ class RowBlock:
     """Rows that decode against the same contexts: the beams of a search, or the nodes of a candidate tree.
 
     Every context sees the same rows (RAG-Token: one beam, n_docs contexts). ancestry is bool [rows, slots] over the
-    cache's slots with these rows appended; None where every row may attend to every slot.
+    cache's slots with these rows appended; None where every row may attend to every slot. cross_attention, where it is
+    set, takes up the rows' weights over their contexts.
     """
 
     token_ids: Tensor  # int64 [rows]
@@ -25,6 +27,7 @@ class RowBlock:
     contexts: Sequence[ContextStates]
     cache: SelfCache
     ancestry: Tensor | None
+    cross_attention: CrossAttentionScores | None = None
 
     @property
     def num_rows(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,16 @@ class GeneralBackbone(nn.Module):
         """As Backbone.decode."""
         return torch.cat([self._decode_block(block) for block in batch.blocks])
 
+    @contextlib.contextmanager
+    def _showing_attention(self) -> Iterator[None]:
+        """transformers' fused attention shows no weights: its plain one runs while they are wanted."""
+        before = self.model.config._attn_implementation  # noqa: SLF001  (it has no public name)
+        self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+
     def logits(self, states: Tensor) -> Tensor:
         """As Backbone.logits."""
         return states
@@ -64,14 +75,23 @@ class GeneralBackbone(nn.Module):
         ids = nn.utils.rnn.pad_sequence(histories, batch_first=True)  # pads come after: causal, never seen
         rows = torch.arange(len(histories), device=self.model.device)
         out = []
-        for context in block.contexts:
+        scores = block.cross_attention
+        for index, context in enumerate(block.contexts):
             assert context.hidden is not None
             hidden = context.hidden[None].expand(len(histories), -1, -1)
             mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-            outputs = self.model(
-                encoder_outputs=(hidden,), attention_mask=mask, decoder_input_ids=ids, use_cache=False
-            )
+            with self._showing_attention() if scores is not None else contextlib.nullcontext():
+                outputs = self.model(
+                    encoder_outputs=(hidden,),
+                    attention_mask=mask,
+                    decoder_input_ids=ids,
+                    use_cache=False,
+                    output_attentions=scores is not None,
+                )
             out.append(outputs.logits[rows, lengths - 1].float())
+            if scores is not None:
+                for layer in outputs.cross_attentions:  # [rows, heads, positions, context length]
+                    scores.add_weights(index, layer[rows, :, lengths - 1].float().mean(1))
         return torch.cat(out)
 
     @staticmethod
