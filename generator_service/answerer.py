@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from generator_service import answer_span
 from generator_service.answer_span import Span
+from generator_service.answer_stream import AnswerStream, GrowingText, Pacing, Piece
 from generator_service.engine.async_engine import AsyncEngine, gather_or_cancel
-from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, ScoreTarget
-from generator_service.errors import MismatchError, NoDocumentsError
+from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, Progress, ScoreTarget
+from generator_service.errors import EngineFailureError, MismatchError, NoDocumentsError
 from generator_service.metrics import GeneratorMetrics
 from generator_service.retrieval_client import FoundDocument, RetrievalClient, RetrievalSettings
 from generator_service.tokenization import TextTokenizer
@@ -160,9 +164,16 @@ class Answerer:
         return found
 
     async def generate(
-        self, questions: Sequence[QuestionContexts], options: GenerationOptions, stages: Stages
+        self,
+        questions: Sequence[QuestionContexts],
+        options: GenerationOptions,
+        stages: Stages,
+        on_progress: Callable[[int, Progress], None] | None = None,
     ) -> list[list[Hypothesis]]:
-        """Hypotheses of each question, best first; document_posterior is over n_docs."""
+        """Hypotheses of each question, best first; document_posterior is over n_docs.
+
+        on_progress is told, by a question's index, what has become certain; it must not block.
+        """
         left_s = time_left_s()
         deadline_s = None if left_s is None else time.monotonic() + left_s
         works = [
@@ -177,13 +188,19 @@ class Answerer:
                 doc_scores=question.doc_scores,
                 do_deduplication=options.do_deduplication,
                 exclude_bos_score=options.exclude_bos_score,
+                stream=on_progress is not None,
                 priority=options.priority,
                 deadline_s=deadline_s,
             )
             for question in questions
         ]
         with self._engine.accepted(len(works)):
-            reports = await gather_or_cancel([self._engine.generate(work) for work in works])
+            reports = await gather_or_cancel(
+                [
+                    self._engine.generate(work, on_progress and functools.partial(on_progress, index))
+                    for index, work in enumerate(works)
+                ]
+            )
         stages.queue_s = max(r.queue_s for r in reports)
         stages.generate_s = max(r.generate_s for r in reports)
         answers = [r.hypotheses for r in reports]
@@ -192,6 +209,39 @@ class Answerer:
             [_over_all_documents(h, q) for h in hypotheses]
             for q, hypotheses in zip(questions, answers, strict=True)
         ]
+
+    async def stream(
+        self,
+        questions: Sequence[QuestionContexts],
+        options: GenerationOptions,
+        stages: Stages,
+        pacing: Pacing,
+        send: Callable[[Piece], Awaitable[None]],
+    ) -> list[list[Hypothesis]]:
+        """generate, giving pieces to send as they become certain; document_posterior is over n_docs there too.
+
+        Raises EngineFailureError where an answer that had to begin anew came out otherwise than what was sent of it.
+        """
+
+        def new_text() -> GrowingText:
+            return GrowingText(self._tokenizer.decode, self._tokenizer.byte_token_ids)
+
+        stream = AnswerStream(len(questions), pacing, new_text, options.settings.decoder_start_token_id)
+        answers = asyncio.ensure_future(self.generate(questions, options, stages, stream.add))
+        try:
+            async for piece in stream.pieces(answers):
+                await send(_piece_over_all_documents(piece, questions[piece.question]))
+            found = await answers
+        finally:
+            answers.cancel()
+            await asyncio.gather(answers, return_exceptions=True)
+        for index, hypotheses in enumerate(found):
+            sent = stream.sent(index)
+            if hypotheses and hypotheses[0].token_ids[: len(sent)] != sent:
+                raise EngineFailureError(
+                    "the answer had to begin anew and came out otherwise; ask again", 0.1
+                )
+        return found
 
     async def score(
         self,
@@ -249,12 +299,21 @@ def _over_all_documents(hypothesis: Hypothesis, question: QuestionContexts) -> H
     """Documents that are not there have no part in an answer."""
     if len(question.present) == question.n_docs:
         return hypothesis
-    posterior = [0.0] * question.n_docs
-    for place, share in zip(question.present, hypothesis.document_posterior, strict=True):
-        posterior[place] = share
-    return Hypothesis(
-        token_ids=hypothesis.token_ids,
-        score=hypothesis.score,
-        log_likelihood=hypothesis.log_likelihood,
-        document_posterior=posterior,
+    return msgspec.structs.replace(
+        hypothesis, document_posterior=_widened(hypothesis.document_posterior, question)
     )
+
+
+def _piece_over_all_documents(piece: Piece, question: QuestionContexts) -> Piece:
+    if len(question.present) == question.n_docs:
+        return piece
+    return dataclasses.replace(
+        piece, document_posterior=[_widened(row, question) for row in piece.document_posterior]
+    )
+
+
+def _widened(posterior: Sequence[float], question: QuestionContexts) -> list[float]:
+    wide = [0.0] * question.n_docs
+    for place, share in zip(question.present, posterior, strict=True):
+        wide[place] = share
+    return wide

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from generator_service import wire
+from generator_service.answer_stream import Piece
 from generator_service.answerer import Answerer, GenerationOptions, QuestionContexts, Questions, Stages
 from generator_service.checkpoint import Checkpoint
 from generator_service.engine.messages import Ready
 from generator_service.generation_defaults import GenerationDefaults
 from generator_service.request_checks import RequestLimits, check_given, check_priority, check_settings
 from generator_service.tokenization import TextTokenizer
-from generator_service.types import Compatibility, QuestionScore, Strategy
+from generator_service.types import Compatibility, Hypothesis, QuestionScore, Strategy
 from rag.generator.v1 import generator_service_pb2, generator_service_pb2_grpc
 from rag.tensor.v1 import tensor_pb2
 from rag_serving import tensor_codec
@@ -40,6 +41,16 @@ class ServedModel:
     def default_n_docs(self) -> int:
         """Documents for a question that names no number."""
         return min(self.checkpoint.n_docs, self.limits.max_n_docs)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request, read, and what its questions are answered from."""
+
+    questions: Questions | None
+    contexts: list[QuestionContexts]
+    options: GenerationOptions
+    stages: Stages
 
 
 class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
@@ -71,13 +82,45 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         self, request: generator_service_pb2.GenerateRequest, _context: Context
     ) -> generator_service_pb2.GenerateResponse:
         """Answers questions."""
+        asked = await self._ask(request)
+        hypotheses = await self._answerer.generate(asked.contexts, asked.options, asked.stages)
+        return await self._response(request, asked, hypotheses)
+
+    async def GenerateStream(  # type: ignore[override]  # noqa: N802  (the stubs know generators only)
+        self, request: generator_service_pb2.GenerateStreamRequest, context: Context
+    ) -> None:
+        """Answers questions piece by piece; writes to the stream itself, so that a cancellation always arrives here."""
+        pacing = wire.read_pacing(request)
+        with wire.fields_within("generate"):
+            asked = await self._ask(request.generate)
+
+            async def send(piece: Piece) -> None:
+                message = wire.write_piece(piece, asked.contexts[piece.question].n_docs)
+                await context.write(generator_service_pb2.GenerateStreamResponse(piece=message))
+
+            hypotheses = await self._answerer.stream(
+                asked.contexts, asked.options, asked.stages, pacing, send
+            )
+        response = await self._response(request.generate, asked, hypotheses)
+        await context.write(generator_service_pb2.GenerateStreamResponse(response=response))
+
+    async def _ask(self, request: generator_service_pb2.GenerateRequest) -> _Asked:
+        """Reads and checks a request, and finds its contexts."""
         stages = Stages()
         options = self._read_options(request)
         pad = options.settings.pad_token_id if options.compatibility is Compatibility.HF else None
         questions, contexts = await self._contexts(request, stages, pad_token_id=pad)
         for question in contexts:
             check_settings(options.settings, options.strategy, len(question.contexts), self._limits)
-        hypotheses = await self._answerer.generate(contexts, options, stages)
+        return _Asked(questions, contexts, options, stages)
+
+    async def _response(
+        self,
+        request: generator_service_pb2.GenerateRequest,
+        asked: _Asked,
+        hypotheses: Sequence[Sequence[Hypothesis]],
+    ) -> generator_service_pb2.GenerateResponse:
+        contexts, options, stages = asked.contexts, asked.options, asked.stages
         answers = await self._answerer.texts_off_loop(contexts, hypotheses)
         return generator_service_pb2.GenerateResponse(
             answers=wire.write_answers(contexts, answers, include_documents=request.include_documents),
@@ -87,7 +130,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             seed=options.settings.seed if options.settings.do_sample else 0,
             checkpoint_digest=self._checkpoint.digest,
             index_generation=stages.generation,
-            usage=wire.write_usage(questions, contexts, answers),
+            usage=wire.write_usage(asked.questions, contexts, answers),
             timings=wire.write_timings(stages),
         )
 

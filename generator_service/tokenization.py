@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +12,8 @@ from transformers import AutoTokenizer
 
 from generator_service.errors import CheckpointError
 from rag_serving.tokenizer_digest import tokenizer_digest
+
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TextTokenizer:
@@ -38,6 +42,12 @@ class TextTokenizer:
         """Text without special tokens."""
         with self._lock:
             return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
+
+    @functools.cached_property
+    def byte_token_ids(self) -> frozenset[int]:
+        """Tokens that stand for one byte of a character that the vocabulary does not have: "<0xE6>"."""
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        return frozenset(token for piece, token in vocabulary.items() if _BYTE_TOKEN.fullmatch(piece))
 
     @property
     def vocab_size(self) -> int:

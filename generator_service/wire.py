@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from generator_service.answer_stream import Pacing, Piece
 from generator_service.answerer import AnswerText, QuestionContexts, Questions, Stages
 from generator_service.request_checks import RequestLimits, check_mask
 from generator_service.retrieval_client import RetrievalSettings
@@ -21,7 +23,7 @@ from generator_service.types import (
 )
 from rag.generator.v1 import generation_pb2, generator_service_pb2
 from rag_serving import tensor_codec
-from rag_serving.errors import InvalidArgumentError
+from rag_serving.errors import FieldViolation, InvalidArgumentError
 from rag_serving.tensor_codec import FLOATS, INTEGERS
 
 STRATEGIES = {
@@ -59,6 +61,7 @@ WIRE_EARLY_STOPPINGS = {
     EarlyStopping.NEVER: generation_pb2.EARLY_STOPPING_NEVER,
 }
 _SEQUENCE_LISTS = ("bad_words_ids", "allowed_sequences")
+_MAX_PIECE_TOKENS, _MAX_PIECE_WAIT_S = 1024, 60.0
 _TOKEN_LISTS = ("eos_token_ids", "suppress_tokens", "begin_suppress_tokens")
 
 
@@ -172,6 +175,43 @@ def read_contexts(contexts: generation_pb2.Contexts, limits: RequestLimits) -> l
             )
         )
     return found
+
+
+def read_pacing(request: generator_service_pb2.GenerateStreamRequest) -> Pacing:
+    """When pieces go out. Raises InvalidArgumentError out of its bounds, or where nothing is asked."""
+    if not request.HasField("generate"):
+        raise InvalidArgumentError("generate", "must be set")
+    given = {n: getattr(request, n) for n in ("piece_tokens", "piece_wait_s") if request.HasField(n)}
+    pacing = Pacing(**given)
+    if not 1 <= pacing.piece_tokens <= _MAX_PIECE_TOKENS:
+        raise InvalidArgumentError("piece_tokens", f"must be 1 to {_MAX_PIECE_TOKENS}", pacing.piece_tokens)
+    if not 0 <= pacing.piece_wait_s <= _MAX_PIECE_WAIT_S:
+        raise InvalidArgumentError("piece_wait_s", f"must be 0 to {_MAX_PIECE_WAIT_S:g}", pacing.piece_wait_s)
+    return pacing
+
+
+@contextmanager
+def fields_within(message: str) -> Iterator[None]:
+    """Refusals of a request inside another one name its fields by their whole path."""
+    try:
+        yield
+    except InvalidArgumentError as error:
+        violations = [FieldViolation(f"{message}.{v.field}", v.description) for v in error.violations]
+        whole = InvalidArgumentError.of(violations)
+        whole.reason = error.reason
+        raise whole from error
+
+
+def write_piece(piece: Piece, n_docs: int) -> generation_pb2.AnswerPiece:
+    """Tokens that have become certain."""
+    posterior = np.array(piece.document_posterior, dtype=np.float32).reshape(len(piece.token_ids), n_docs)
+    return generation_pb2.AnswerPiece(
+        question=piece.question,
+        token_ids=piece.token_ids,
+        text_delta=piece.text_delta,
+        document_posterior=tensor_codec.encode(posterior),
+        last=piece.last,
+    )
 
 
 def write_answers(

@@ -17,6 +17,7 @@ from rag_client.errors import (
 )
 from rag_client.types import (
     Answer,
+    AnswerPiece,
     AnswerSpan,
     Contexts,
     Document,
@@ -40,6 +41,7 @@ __all__ = [
     "RETRIEVER_SERVICE",
     "AccessError",
     "Answer",
+    "AnswerPiece",
     "AnswerSpan",
     "AsyncRagClient",
     "BusyError",

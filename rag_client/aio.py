@@ -1,6 +1,6 @@
 """The client for asyncio: one method a call of the contract, plain data in and out."""
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -14,8 +14,9 @@ from rag.retriever.v1 import retriever_service_pb2, retriever_service_pb2_grpc
 from rag_client import messages
 from rag_client.errors import from_rpc_error
 from rag_client.messages import Input, Questions, Targets
-from rag_client.options import GenerateOptions, RetrieveOptions, ScoreOptions
+from rag_client.options import GenerateOptions, RetrieveOptions, ScoreOptions, StreamOptions
 from rag_client.types import (
+    AnswerPiece,
     Contexts,
     DocumentLookup,
     FloatArray,
@@ -75,6 +76,24 @@ class AsyncRagClient:
         request = messages.generate_request(questions, options)
         call = self._generator.Generate(request, timeout=self._time(timeout_s))
         return messages.generation(await self._answer(call, self.generator_address))
+
+    async def generate_stream(
+        self, questions: Input, *, timeout_s: float | None = None, **options: Unpack[StreamOptions]
+    ) -> AsyncGenerator[AnswerPiece | Generation]:
+        """Answers as generate does, RAG-Token's piece by piece: AnswerPieces, and the Generation as the last item.
+
+        Closing the iterator before its end cancels the call.
+        """
+        call = self._generator.GenerateStream(
+            messages.stream_request(questions, options), timeout=self._time(timeout_s)
+        )
+        try:
+            async for response in call:
+                yield messages.stream_event(response)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self.generator_address) from error
+        finally:
+            call.cancel()
 
     async def generate_from_contexts(
         self,

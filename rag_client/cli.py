@@ -15,8 +15,9 @@ from rag_client import views
 from rag_client.aio import GENERATOR_SERVICE, RETRIEVER_SERVICE
 from rag_client.client import RagClient
 from rag_client.errors import RagClientError, TimedOutError, UnreachableError
+from rag_client.options import GenerateOptions
 from rag_client.settings import ClientSettings, client_settings
-from rag_client.types import Health, Strategy
+from rag_client.types import AnswerPiece, Generation, Health, Strategy
 
 app = typer.Typer(
     help="Ask a running pair of retriever and generator.",
@@ -52,20 +53,26 @@ def ask(
     n_docs: NDocs = None,
     num_beams: Annotated[int, typer.Option("--num-beams", help="Beams; 1 is greedy search.")] = 4,
     answers: Annotated[int, typer.Option("--answers", help="Answers shown, at most num_beams.")] = 3,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Show a RAG-Token answer as it becomes certain; JSON in lines.")
+    ] = False,
     as_json: Json = False,
     timeout_s: Timeout = None,
 ) -> None:
     """Answer a question and show the documents that the answer rests on."""
     settings = client_settings(generator=generator, timeout_s=timeout_s)
+    options: GenerateOptions = {
+        "strategy": strategy,
+        "n_docs": n_docs,
+        "num_beams": num_beams,
+        "num_return_sequences": min(answers, num_beams),
+        "include_documents": True,
+    }
     with _client(settings) as client:
-        generation = client.generate(
-            question,
-            strategy=strategy,
-            n_docs=n_docs,
-            num_beams=num_beams,
-            num_return_sequences=min(answers, num_beams),
-            include_documents=True,
-        )
+        if stream:
+            _show_stream(client.generate_stream(question, **options), as_json=as_json)
+            return
+        generation = client.generate(question, **options)
     if as_json:
         _print_json(generation)
     else:
@@ -131,6 +138,21 @@ def status(
         Console().print(views.status_view(health, addresses, model, index))
     if any(state is not Health.SERVING for state in health.values()):
         raise typer.Exit(1)
+
+
+def _show_stream(events: Iterator[AnswerPiece | Generation], *, as_json: bool) -> None:
+    """Pieces as they come, then the answer with its documents; as JSON one event a line."""
+    begun = False
+    for event in events:
+        if as_json:
+            typer.echo(json.dumps(_plain(event), ensure_ascii=False, allow_nan=False))
+        elif isinstance(event, AnswerPiece):
+            typer.echo(event.text_delta, nl=False)
+            begun = begun or bool(event.text_delta)
+        else:
+            if begun:
+                typer.echo("\n")
+            Console().print(views.answer_view(event, event.answers[0]))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from rag_client.aio import AsyncRagClient
 from rag_client.messages import Input, Questions, Targets
-from rag_client.options import GenerateOptions, RetrieveOptions, ScoreOptions
+from rag_client.options import GenerateOptions, RetrieveOptions, ScoreOptions, StreamOptions
 from rag_client.types import (
+    AnswerPiece,
     DocumentLookup,
     FloatArray,
     Generation,
@@ -63,6 +64,21 @@ class RagClient:
     ) -> Generation:
         """Answers questions: one text, several, their tokens, or contexts that the caller retrieved."""
         return self._wait(self._client.generate(questions, timeout_s=timeout_s, **options))
+
+    def generate_stream(
+        self, questions: Input, *, timeout_s: float | None = None, **options: Unpack[StreamOptions]
+    ) -> Iterator[AnswerPiece | Generation]:
+        """Answers as generate does, RAG-Token's piece by piece: AnswerPieces, and the Generation as the last item.
+
+        Closing the iterator before its end cancels the call.
+        """
+        events = self._client.generate_stream(questions, timeout_s=timeout_s, **options)
+        try:
+            while (event := self._wait(_next(events))) is not None:
+                yield event
+        finally:
+            if not self._loop.is_closed():
+                self._wait(events.aclose())
 
     def generate_from_contexts(
         self,
@@ -134,6 +150,10 @@ class RagClient:
         except BaseException:  # an interrupt of the waiting thread must not leave the call running
             future.cancel()
             raise
+
+
+async def _next(events: AsyncIterator[ResultT]) -> ResultT | None:
+    return await anext(events, None)
 
 
 async def _opened(generator_address: str, retriever_address: str | None, timeout_s: float) -> AsyncRagClient:

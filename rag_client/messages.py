@@ -23,6 +23,7 @@ MirrorT = TypeVar("MirrorT")
 
 _RETRIEVAL = frozenset(generation_pb2.RetrievalConfig.DESCRIPTOR.fields_by_name)
 _GENERATION = frozenset(generation_pb2.GenerationConfig.DESCRIPTOR.fields_by_name)
+_PACING = ("piece_tokens", "piece_wait_s")
 _EARLY_STOPPING = {
     False: generation_pb2.EARLY_STOPPING_HEURISTIC,
     True: generation_pb2.EARLY_STOPPING_FIRST_COMPLETE,
@@ -53,6 +54,16 @@ def generate_request(given: Input, options: Mapping[str, Any]) -> generator_serv
             _set_generation(request.generation_config, name, value)
         else:
             _set_option(request, name, value)
+    return request
+
+
+def stream_request(given: Input, options: Mapping[str, Any]) -> generator_service_pb2.GenerateStreamRequest:
+    """Makes the message. Raises TypeError or ValueError for an option that the contract cannot hold."""
+    asked = {name: value for name, value in options.items() if name not in _PACING}
+    request = generator_service_pb2.GenerateStreamRequest(generate=generate_request(given, asked))
+    for name in _PACING:
+        if options.get(name) is not None:
+            _set_field(request, name, options[name])
     return request
 
 
@@ -108,6 +119,21 @@ def generation(response: generator_service_pb2.GenerateResponse) -> types.Genera
         index_generation=response.index_generation,
         usage=_mirror(types.Usage, response.usage),
         timings=_mirror(types.Timings, response.timings),
+    )
+
+
+def stream_event(
+    response: generator_service_pb2.GenerateStreamResponse,
+) -> types.AnswerPiece | types.Generation:
+    """Returns the piece of a response, or in the end the answers."""
+    if response.WhichOneof("event") == "response":
+        return generation(response.response)
+    piece = response.piece
+    return _mirror(
+        types.AnswerPiece,
+        piece,
+        token_ids=list(piece.token_ids),
+        document_posterior=array(piece.document_posterior, "document_posterior"),
     )
 
 
@@ -272,7 +298,7 @@ def _set_generation(config: generation_pb2.GenerationConfig, name: str, value: A
 def _set_field(message: Any, name: str, value: Any) -> None:
     fields = message.DESCRIPTOR.fields_by_name
     if name not in fields:
-        near = difflib.get_close_matches(name, [*fields, *_RETRIEVAL, *_GENERATION], n=1)
+        near = difflib.get_close_matches(name, [*fields, *_RETRIEVAL, *_GENERATION, *_PACING], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TypeError(f"unknown argument {name!r}{hint}")
     try:

@@ -73,6 +73,13 @@ class GenerateOptions(RetrievalOptions, GenerationOptions, total=False):
     priority: int | None
 
 
+class StreamOptions(GenerateOptions, total=False):
+    """Everything that GenerateStream can be told: a piece has so many tokens, or has waited so many seconds."""
+
+    piece_tokens: int | None
+    piece_wait_s: float | None
+
+
 class ScoreOptions(RetrievalOptions, total=False):
     """Everything that Score can be told beside its input and its targets."""
 

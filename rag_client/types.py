@@ -115,6 +115,20 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerPiece:
+    """Tokens and text of a question's best answer that follow those before, and will not be taken back.
+
+    `document_posterior` is float32 [tokens, n_docs]: what each token owes to which document.
+    """
+
+    question: int
+    token_ids: list[int]
+    text_delta: str
+    document_posterior: FloatArray
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens processed by a request."""
 

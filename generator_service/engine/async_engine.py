@@ -18,12 +18,13 @@ from generator_service.engine.messages import (
     EncodeQuestion,
     GenerateAnswer,
     Generated,
+    Progress,
     Ready,
     Scored,
     ScoreTarget,
     Work,
 )
-from generator_service.engine.worker import Worker
+from generator_service.engine.worker import OnProgress, Worker
 from generator_service.engine.worker_options import WorkerOptions
 from generator_service.errors import QueueFullError, WorkerLostError
 
@@ -95,9 +96,9 @@ class AsyncEngine:
         assert isinstance(report, Encoded)
         return np.frombuffer(report.hidden_states, dtype="<f4").astype(np.float32)
 
-    async def generate(self, work: GenerateAnswer) -> Generated:
-        """Answer one question."""
-        report = await self._submit(work)
+    async def generate(self, work: GenerateAnswer, on_progress: OnProgress | None = None) -> Generated:
+        """Answer one question; on_progress is told what is certain on the way there, where work.stream asks for it."""
+        report = await self._submit(work, on_progress)
         assert isinstance(report, Generated)
         return report
 
@@ -107,17 +108,25 @@ class AsyncEngine:
         assert isinstance(report, Scored)
         return report
 
-    async def _submit(self, work: Work) -> object:
-        """Answers once; work of a worker that dies goes to another one, once."""
-        worker = self._least_busy()
+    async def _submit(self, work: Work, on_progress: OnProgress | None = None) -> object:
+        """Answers once; work of a worker that dies goes to another one, once, unless a part of the answer is out."""
+        worker, begun = self._least_busy(), False
+
+        def listen(progress: Progress) -> None:
+            nonlocal begun
+            begun = True
+            assert on_progress is not None
+            on_progress(progress)
+
+        listener = None if on_progress is None else listen
         try:
-            report = await self._submit_to(worker, work)
+            report = await self._submit_to(worker, work, listener)
         except WorkerLostError:
             others = [w for w in self.workers if w is not worker and w.ready is not None]
-            if not others:
+            if begun or not others:
                 raise
             self.num_retried += 1
-            report = await self._submit_to(min(others, key=lambda w: w.num_pending), work)
+            report = await self._submit_to(min(others, key=lambda w: w.num_pending), work, listener)
         self._rate.count(time.monotonic())
         return report
 
@@ -128,8 +137,8 @@ class AsyncEngine:
         return min(usable, key=lambda w: w.num_pending)
 
     @staticmethod
-    async def _submit_to(worker: Worker, work: Work) -> object:
-        return await worker.submit(msgspec.structs.replace(work, request_id=worker.next_id()))
+    async def _submit_to(worker: Worker, work: Work, listener: OnProgress | None) -> object:
+        return await worker.submit(msgspec.structs.replace(work, request_id=worker.next_id()), listener)
 
 
 async def gather_or_cancel(works: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:

@@ -82,7 +82,7 @@ class EngineCore:
         self._tokens += outcome.tokens
         for part, seconds in outcome.part_s.items():
             self._part_s[part] += seconds
-        return reports + self._reports(outcome)
+        return reports + self._reports(schedule, outcome)
 
     def stats(self) -> Stats:
         """What the engine holds now and has done so far."""
@@ -97,19 +97,26 @@ class EngineCore:
             tokens=self._tokens,
         )
 
-    def _reports(self, outcome: StepOutcome) -> list[Report]:
+    def _reports(self, schedule: Schedule, outcome: StepOutcome) -> list[Report]:
         reports: list[Report] = [
             Encoded(request_id=r.request_id, hidden_states=hidden) for r, hidden in outcome.encoded
         ]
+        for progress in outcome.progress:  # counted here, where no failure of the step can lose it any more
+            self._scheduler.running[progress.request_id].num_streamed += len(progress.token_ids)
+        reports += outcome.progress
         now_s = time.monotonic()
+        for request in schedule.admit:
+            request.first_token_s = now_s
         for request, hypotheses in outcome.answered:
             self._scheduler.finish(request, RequestState.FINISHED_ANSWERED)
             assert request.admitted_s is not None
+            assert request.first_token_s is not None
             reports.append(
                 Generated(
                     request_id=request.request_id,
                     hypotheses=hypotheses,
                     queue_s=request.admitted_s - request.arrived_s,
+                    first_token_s=request.first_token_s - request.arrived_s,
                     generate_s=now_s - request.admitted_s,
                 )
             )

@@ -26,8 +26,8 @@ class GenerateAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     """One question to answer over its contexts.
 
     contexts hold no pads; padded_contexts are the same with theirs, for Compatibility.HF, which attends to them
-    while RAG-Sequence generates. doc_scores are finite, one a context. Lower priorities go first (queue.py).
-    deadline_s is on time.monotonic's clock.
+    while RAG-Sequence generates. doc_scores are finite, one a context. Lower priorities go first (queue.py);
+    stream asks for Progress on the way to a RAG-Token answer. deadline_s is on time.monotonic's clock.
     """
 
     request_id: int
@@ -41,6 +41,7 @@ class GenerateAnswer(msgspec.Struct, frozen=True, kw_only=True, tag="generate"):
     do_deduplication: bool
     exclude_bos_score: bool
     trace: bool = False
+    stream: bool = False
     priority: int = 0
     deadline_s: float | None = None
 
@@ -98,12 +99,28 @@ class Encoded(msgspec.Struct, frozen=True, kw_only=True, tag="encoded"):
     hidden_states: bytes
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag="progress"):
+    """Further tokens of the answer that will be the best, certain from now on; document_posterior [tokens, contexts].
+
+    The last one ends the answer; Generated follows it.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    document_posterior: list[list[float]]
+    last: bool
+
+
 class Generated(msgspec.Struct, frozen=True, kw_only=True, tag="generated"):
-    """Hypotheses of one question, best first; document_posterior is over the contexts sent."""
+    """Hypotheses of one question, best first; document_posterior is over the contexts sent.
+
+    Seconds: queue_s to admission, first_token_s to the end of the first step, generate_s from admission to the answer.
+    """
 
     request_id: int
     hypotheses: list[Hypothesis]
     queue_s: float
+    first_token_s: float
     generate_s: float
 
 
@@ -137,7 +154,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
 
 Work = EncodeQuestion | GenerateAnswer | ScoreTarget
 Command = Work | Abort | Shutdown
-Report = Ready | StartFailed | Encoded | Generated | Scored | Failed | Stats
+Report = Ready | StartFailed | Encoded | Progress | Generated | Scored | Failed | Stats
 
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

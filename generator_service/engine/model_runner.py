@@ -13,7 +13,7 @@ from torch import Tensor
 
 from generator_service.decoding import marginalize
 from generator_service.engine import scoring, tracing
-from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, ScoreTarget
+from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, Progress, ScoreTarget
 from generator_service.engine.request import Request
 from generator_service.engine.scheduler import Schedule
 from generator_service.engine.search import FoundHypothesis, PoolKey, Search
@@ -35,6 +35,7 @@ class StepOutcome:
     """What came out of one step."""
 
     encoded: list[tuple[Request, bytes]] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
     answered: list[tuple[Request, list[Hypothesis]]] = field(default_factory=list)
     scored: list[tuple[Request, QuestionScore]] = field(default_factory=list)
     tokens: int = 0
@@ -225,6 +226,7 @@ class ModelRunner:
         for pool in list(self._pools.values()):
             for search, found in pool.take_finished():
                 self._finish_search(search, found, outcome)
+            outcome.progress += pool.progress()
         self._drop_empty_pools()
 
     def _finish_search(self, search: Search, found: list[FoundHypothesis], outcome: StepOutcome) -> None:
@@ -232,7 +234,10 @@ class ModelRunner:
         assert isinstance(work, GenerateAnswer)
         question = self._questions[request.request_id]
         if work.strategy is Strategy.RAG_TOKEN:
-            self._answer(request, scoring.token_hypotheses(work, found, question.log_prior), outcome)
+            hypotheses = scoring.token_hypotheses(work, found, question.log_prior)
+            if request.streams and hypotheses:
+                outcome.progress.append(search.rest(hypotheses[0].token_ids, found))
+            self._answer(request, hypotheses, outcome)
             return
         question.found[search.document] = found
         if len(question.found) < len(work.contexts):

@@ -30,6 +30,8 @@ class Request:
     admitted_s: float | None = None
     state: RequestState = RequestState.WAITING
     reserved_bytes: int = 0
+    first_token_s: float | None = None
+    num_streamed: int = 0  # tokens of its answer that the caller has, should it begin anew
     times_passed: int = 0  # requests behind it in the queue that were admitted because it did not fit
 
     @property
@@ -45,6 +47,12 @@ class Request:
     def expired(self, now_s: float) -> bool:
         """Whether nobody waits any more."""
         return self.deadline_s is not None and now_s >= self.deadline_s
+
+    @property
+    def streams(self) -> bool:
+        """Whether its tokens are wanted as they become certain; RAG-Sequence's do when its candidates are scored."""
+        work = self.work
+        return isinstance(work, GenerateAnswer) and work.stream and work.strategy is Strategy.RAG_TOKEN
 
     @property
     def max_rows(self) -> int:

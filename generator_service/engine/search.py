@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from generator_service.decoding import logits_processors, sampling
-from generator_service.engine.messages import GenerateAnswer
+from generator_service.decoding import logits_processors, provenance, sampling
+from generator_service.engine.messages import GenerateAnswer, Progress
 from generator_service.engine.request import Request
 from generator_service.model.backbone import RowBlock
 from generator_service.model.kv_cache import ContextStates, SelfCache
@@ -96,6 +96,22 @@ class Search:
         """Beams have moved: parents int64 [width] names the row that each continues."""
         if self.ancestry is not None:
             self.ancestry = self.ancestry[parents.clamp_max(self.ancestry.shape[0] - 1)]
+
+    def progress(self, token_ids: list[int], token_log_probs: Tensor, *, last: bool = False) -> Progress:
+        """Tokens that follow those already streamed; token_log_probs float32 [tokens, docs]."""
+        posterior = provenance.token_posteriors(token_log_probs, self.log_prior, Strategy.RAG_TOKEN)
+        return Progress(
+            request_id=self.request.request_id,
+            token_ids=token_ids,
+            document_posterior=posterior.tolist(),
+            last=last,
+        )
+
+    def rest(self, best_token_ids: list[int], found: Sequence[FoundHypothesis]) -> Progress:
+        """The tokens of the best answer that were not streamed yet, once it is found."""
+        best = next(h for h in found if h.token_ids == best_token_ids)
+        sent = self.request.num_streamed
+        return self.progress(best.token_ids[1 + sent :], best.token_log_probs[sent:], last=True)
 
     def processed(self, scores: Tensor, input_ids: Tensor) -> Tensor:
         """scores [rows, vocab] after the processors and warpers; input_ids [rows, cur_len]."""

@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from generator_service.decoding import beam, chains, marginalize, sampling
+from generator_service.decoding import beam, certainty, chains, marginalize, sampling
+from generator_service.engine.messages import Progress
 from generator_service.engine.search import FoundHypothesis, PoolKey, Search
 from generator_service.model.backbone import RowBlock
 
@@ -68,6 +69,27 @@ class SearchPool:
             return []
         found = [(s, self._hypotheses(i)) for i, s in enumerate(self.searches) if done[i]]
         self._keep([i for i, d in enumerate(done) if not d])
+        return found
+
+    def progress(self) -> list[Progress]:
+        """What has become certain in searches whose requests stream; costs nothing where none does."""
+        streaming = [i for i, s in enumerate(self.searches) if s.request.streams]
+        if not streaming:
+            return []
+        index = torch.tensor(streaming, dtype=torch.int64, device=self._state.running.device)
+        if self._beams is not None:
+            lengths, examples, history = certainty.of_beams(self._beams, index)
+        else:
+            assert self._chains is not None
+            lengths, examples, history = certainty.of_chains(self._chains, index)
+        found = []
+        for place, length in enumerate(lengths.tolist()):
+            search = self.searches[streaming[place]]
+            sent = 1 + search.request.num_streamed
+            if length > sent:
+                found.append(
+                    search.progress(examples[place, sent:length].tolist(), history[place, sent:length])
+                )
         return found
 
     def remove_request(self, request_id: int) -> None:

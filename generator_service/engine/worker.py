@@ -13,12 +13,24 @@ from collections.abc import Callable
 
 from generator_service.engine import messages
 from generator_service.engine.frames import read_frame, write_frame
-from generator_service.engine.messages import Abort, Failed, Ready, Report, Shutdown, StartFailed, Stats, Work
+from generator_service.engine.messages import (
+    Abort,
+    Failed,
+    Progress,
+    Ready,
+    Report,
+    Shutdown,
+    StartFailed,
+    Stats,
+    Work,
+)
 from generator_service.engine.worker_options import WorkerOptions
 from generator_service.errors import WorkerLostError, error_of
 from rag_serving.errors import StartupError
 
 logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[Progress], None]
 
 _GOODBYE_S = 5.0
 _RESTART_BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -34,6 +46,7 @@ class Worker:
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._on_change = on_change
         self._pending: dict[int, asyncio.Future[Report]] = {}
+        self._listeners: dict[int, OnProgress] = {}
         self._ids = itertools.count(1)
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -68,15 +81,18 @@ class Worker:
         self._supervisor = asyncio.create_task(self._supervise(reader))
         return ready
 
-    async def submit(self, work: Work) -> Report:
+    async def submit(self, work: Work, on_progress: OnProgress | None = None) -> Report:
         """Send a request and wait for its answer; cancelling the wait aborts it in the worker.
 
+        on_progress is told what is certain on the way there; it must not block.
         Raises RagError's subclasses: what the worker said, or WorkerLostError where it died.
         """
         if self._writer is None or self.ready is None:
             raise WorkerLostError(self.device)
         future: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
         self._pending[work.request_id] = future
+        if on_progress is not None:
+            self._listeners[work.request_id] = on_progress
         write_frame(self._writer, messages.encode(work))
         try:
             report = await future
@@ -85,6 +101,7 @@ class Worker:
             raise
         finally:
             self._pending.pop(work.request_id, None)
+            self._listeners.pop(work.request_id, None)
         if isinstance(report, Failed):
             raise error_of(report)
         return report
@@ -151,6 +168,10 @@ class Worker:
                 self.stats = report
                 continue
             assert not isinstance(report, Ready | StartFailed)
+            if isinstance(report, Progress):
+                if (listener := self._listeners.get(report.request_id)) is not None:
+                    listener(report)
+                continue
             future = self._pending.get(report.request_id)
             if future is not None and not future.done():
                 future.set_result(report)

@@ -69,6 +69,19 @@ class FakeGenerator(generator_service_pb2_grpc.GeneratorServiceServicer):
             timings=generation_pb2.Timings(total_s=0.012),
         )
 
+    async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        await self._heard(request)
+        for number, (text, last) in enumerate([("pa", False), ("ris", True)]):
+            piece = generation_pb2.AnswerPiece(
+                token_ids=[7 - 4 * number],
+                text_delta=text,
+                document_posterior=tensor_codec.encode(np.array([[0.75, 0.25]], np.float32)),
+                last=last,
+            )
+            yield generator_service_pb2.GenerateStreamResponse(piece=piece)
+        response = await self.Generate(request.generate, context)
+        yield generator_service_pb2.GenerateStreamResponse(response=response)
+
     async def Score(self, request: Any, context: Any) -> Any:
         await self._heard(request)
         batch = max(len(request.target_texts.texts), 1)

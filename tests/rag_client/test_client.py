@@ -14,9 +14,11 @@ from rag.retriever.v1 import document_pb2
 from rag_client import (
     GENERATOR_SERVICE,
     RETRIEVER_SERVICE,
+    AnswerPiece,
     AsyncRagClient,
     BusyError,
     FieldViolation,
+    Generation,
     Health,
     InvalidRequestError,
     NotFoundError,
@@ -125,6 +127,39 @@ async def test_generate_returns_plain_data(client: AsyncRagClient) -> None:
     assert generation.compatibility == "MASKED"
     assert generation.usage.context_tokens == 60
     assert generation.timings.total_s == pytest.approx(0.012)
+
+
+async def test_generate_stream_gives_pieces_and_then_the_generation(
+    client: AsyncRagClient, pair: FakePair
+) -> None:
+    stream = client.generate_stream("one", piece_tokens=3, piece_wait_s=0.5, num_beams=2, priority=-4)
+    *pieces, generation = [event async for event in stream]
+    (sent, _) = pair.generator.requests
+    assert (sent.piece_tokens, sent.piece_wait_s) == (3, 0.5)
+    assert sent.generate.generation_config.num_beams == 2
+    assert sent.generate.priority == -4
+    assert all(isinstance(piece, AnswerPiece) for piece in pieces)
+    assert [(p.token_ids, p.text_delta, p.last) for p in pieces if isinstance(p, AnswerPiece)] == [
+        ([7], "pa", False),
+        ([3], "ris", True),
+    ]
+    assert generation == await client.generate("one")
+
+
+async def test_a_stream_raises_as_a_call_does(client: AsyncRagClient, pair: FakePair) -> None:
+    pair.generator.error = errors.UnavailableError("the worker is away", 0.2)
+    with pytest.raises(UnavailableError):
+        await anext(client.generate_stream("one"))
+    with pytest.raises(TypeError, match="piece_tokens"):
+        await anext(client.generate_stream("one", piece_token=3))  # type: ignore[call-arg]
+
+
+def test_the_blocking_client_streams_and_may_stop_early(threaded: FakePair) -> None:
+    with RagClient(threaded.address, timeout_s=20) as client:
+        events = client.generate_stream("one")
+        assert isinstance(next(events), AnswerPiece)
+        del events
+        assert [type(e) for e in client.generate_stream("one")] == [AnswerPiece, AnswerPiece, Generation]
 
 
 async def test_tokens_and_contexts_travel_as_arrays(client: AsyncRagClient, pair: FakePair) -> None:
