@@ -131,9 +131,12 @@ class Worker:
                 self._options.to_json(),
                 pass_fds=(theirs.fileno(),),
             )
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+        except BaseException:  # a stop may come in the middle of a restart
+            ours.close()
+            raise
         finally:
             theirs.close()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
         return reader
 
     async def _first_report(self, reader: asyncio.StreamReader) -> Ready | StartFailed:
