@@ -62,7 +62,7 @@ class RetrieverSettings(ServiceSettings):
         4096, ge=1, description="questions accepted and not yet answered, before RESOURCE_EXHAUSTED"
     )
     search_threads: int = Field(0, ge=0, description="threads of one search in faiss; 0 takes every core")
-    assembly_threads: int = Field(4, ge=1, le=256, description="threads that fetch, score and assemble")
+    assembly_threads: int = Field(2, ge=1, le=256, description="threads that fetch, score and assemble")
 
     @model_validator(mode="after")
     def _defaults_fit_limits(self) -> "RetrieverSettings":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rag_serving.errors import DataLossError, InvalidArgumentError
+from retriever_service.completions import Completions
 from retriever_service.context.assembler import ContextAssembler, ContextParts
 from retriever_service.context.tokenizer import QuestionTokenizer
 from retriever_service.errors import NoQuestionTokenizerError, OverloadedError
@@ -60,6 +61,7 @@ class Retriever:
         self._metrics = metrics
         self._search_executor = search_executor or ThreadPoolExecutor(1, "search")
         self._pool = ThreadPoolExecutor(self._limits.assembly_threads, "assemble")
+        self._completions = Completions(self._pool, self._limits.assembly_threads)
         self._batcher = SearchBatcher(
             index,
             self._search_executor,
@@ -97,7 +99,7 @@ class Retriever:
                 query.question_hidden_states, query.n_docs, query.search_parameters
             )
             work = functools.partial(self._complete, query, rows)
-            retrieved = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+            retrieved = await self._completions.run(work)
             self._mean_latency_s += 0.1 * (time.monotonic() - began_s - self._mean_latency_s)
             return retrieved
         finally:

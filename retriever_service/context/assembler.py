@@ -56,12 +56,15 @@ class ContextAssembler:
             raise ValueError(f"max_combined_length must be at least {self.min_combined_length}")
         present = [part for part in parts if part is not None]
         joined = [self.join(part, self.prefix if prefix is None else prefix) for part in present]
-        encodings = self.tokenizer.encode([text for text, _ in joined]) if joined else []
+        whole = self.tokenizer.encode_ids([text for text, _ in joined]) if joined else []
         budget = max_combined_length - self.tokenizer.num_special_tokens
-        cut = [
-            _cut(encoding, question_start, budget, truncation)
-            for encoding, (_, question_start) in zip(encodings, joined, strict=True)
-        ]
+        cut = [(ids, False) for ids in whole]
+        # Where to cut takes the tokens' places in the text, which few contexts need.
+        too_long = [position for position, ids in enumerate(whole) if len(ids) > budget]
+        if too_long:
+            encodings = self.tokenizer.encode([joined[position][0] for position in too_long])
+            for position, encoding in zip(too_long, encodings, strict=True):
+                cut[position] = _cut(encoding, joined[position][1], budget, truncation)
         return self._padded([part is not None for part in parts], cut)
 
     def join(self, part: ContextParts, prefix: str) -> tuple[str, int]:
@@ -90,14 +93,12 @@ class ContextAssembler:
 def _cut(
     encoding: Encoding, question_start: int, budget: int, truncation: Truncation
 ) -> tuple[list[int], bool]:
-    """Returns at most `budget` ids of a context, and whether part of the question had to go.
+    """Returns `budget` ids of a context that has more, and whether part of the question had to go.
 
     KEEP_QUESTION takes the document's last tokens out; a token across the border counts to the question.
     Where doc_sep and the question alone are too long, they are what stays, cut on the right.
     """
     ids: list[int] = encoding.ids
-    if len(ids) <= budget:
-        return ids, False
     if truncation is Truncation.QUESTION_LAST:
         return ids[:budget], True
     ends: npt.NDArray[np.int64] = np.asarray(encoding.offsets, dtype=np.int64)[:, 1]

@@ -54,6 +54,11 @@ class ContextTokenizer:
         """Encodes texts without the special tokens around them, whole, offsets included."""
         return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
 
+    def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes texts without the special tokens around them, whole; without offsets it takes less time."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
     def _frame(self) -> tuple[list[int], list[int]]:
         """Returns the special tokens put before and after a single text."""
         bare = self._backend.encode(_PROBE, add_special_tokens=False).ids
