@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from generator_service.engine.async_engine import AsyncEngine, gather_or_cancel
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, Progress, ScoreTarget
 from generator_service.errors import EngineFailureError, MismatchError, NoDocumentsError
 from generator_service.metrics import GeneratorMetrics
+from generator_service.provenance import Provenance, SourceFinder
 from generator_service.retrieval_client import FoundDocument, RetrievalClient, RetrievalSettings
 from generator_service.tokenization import TextTokenizer
 from generator_service.types import (
@@ -85,15 +87,18 @@ class GenerationOptions:
     do_deduplication: bool
     exclude_bos_score: bool
     priority: int = 0
+    trace: bool = False
+    abstain_below: float = 0.0
 
 
 @dataclass(frozen=True)
 class AnswerText:
-    """A hypothesis for people: its text, and where it stands in the documents."""
+    """A hypothesis for people: its text, where it stands in the documents, and what its tokens rest on if traced."""
 
     hypothesis: Hypothesis
     text: str
     span: Span | None
+    provenance: Provenance | None = None
 
 
 class Answerer:
@@ -174,26 +179,8 @@ class Answerer:
 
         on_progress is told, by a question's index, what has become certain; it must not block.
         """
-        left_s = time_left_s()
-        deadline_s = None if left_s is None else time.monotonic() + left_s
-        works = [
-            GenerateAnswer(
-                request_id=0,
-                strategy=options.strategy,
-                sequence_decoding=options.sequence_decoding,
-                compatibility=options.compatibility,
-                settings=options.settings,
-                contexts=question.contexts,
-                padded_contexts=question.padded_contexts,
-                doc_scores=question.doc_scores,
-                do_deduplication=options.do_deduplication,
-                exclude_bos_score=options.exclude_bos_score,
-                stream=on_progress is not None,
-                priority=options.priority,
-                deadline_s=deadline_s,
-            )
-            for question in questions
-        ]
+        stream = on_progress is not None
+        works = [msgspec.structs.replace(generate_work(q, options), stream=stream) for q in questions]
         with self._engine.accepted(len(works)):
             reports = await gather_or_cancel(
                 [
@@ -206,7 +193,7 @@ class Answerer:
         answers = [r.hypotheses for r in reports]
         self._metrics.observe_answers(options.strategy, reports)
         return [
-            [_over_all_documents(h, q) for h in hypotheses]
+            [over_all_documents(h, q) for h in hypotheses]
             for q, hypotheses in zip(questions, answers, strict=True)
         ]
 
@@ -241,6 +228,14 @@ class Answerer:
                 raise EngineFailureError(
                     "the answer had to begin anew and came out otherwise; ask again", 0.1
                 )
+        return found
+
+    def confidences(self, answers: Sequence[Sequence[Hypothesis]], options: GenerationOptions) -> list[float]:
+        """p(best answer | question) of each question, 0 where there is none; those to abstain from are counted."""
+        found = [math.exp(h[0].log_likelihood) if h else 0.0 for h in answers]
+        self._metrics.observe_abstentions(
+            options.strategy, sum(confidence < options.abstain_below for confidence in found)
+        )
         return found
 
     async def score(
@@ -279,11 +274,15 @@ class Answerer:
         """Hypotheses as text, found again in the question's documents."""
         bodies = [document.text for document in question.documents]
         titles = [document.title for document in question.documents]
+        sources = SourceFinder(question.contexts, bodies, self._tokenizer)
         out = []
         for hypothesis in hypotheses:
             text = self._tokenizer.decode(hypothesis.token_ids)
             span = answer_span.find(text, bodies, titles, hypothesis.document_posterior)
-            out.append(AnswerText(hypothesis, text, span))
+            provenance = None
+            if hypothesis.trace is not None:
+                provenance = sources.provenance(hypothesis).over(question.present, question.n_docs)
+            out.append(AnswerText(hypothesis, text, span, provenance))
         return out
 
     async def texts_off_loop(
@@ -295,7 +294,27 @@ class Answerer:
         )
 
 
-def _over_all_documents(hypothesis: Hypothesis, question: QuestionContexts) -> Hypothesis:
+def generate_work(question: QuestionContexts, options: GenerationOptions) -> GenerateAnswer:
+    """What the engine is asked for one question; the caller's deadline holds."""
+    left_s = time_left_s()
+    return GenerateAnswer(
+        request_id=0,
+        strategy=options.strategy,
+        sequence_decoding=options.sequence_decoding,
+        compatibility=options.compatibility,
+        settings=options.settings,
+        contexts=question.contexts,
+        padded_contexts=question.padded_contexts,
+        doc_scores=question.doc_scores,
+        do_deduplication=options.do_deduplication,
+        exclude_bos_score=options.exclude_bos_score,
+        trace=options.trace,
+        priority=options.priority,
+        deadline_s=None if left_s is None else time.monotonic() + left_s,
+    )
+
+
+def over_all_documents(hypothesis: Hypothesis, question: QuestionContexts) -> Hypothesis:
     """Documents that are not there have no part in an answer."""
     if len(question.present) == question.n_docs:
         return hypothesis

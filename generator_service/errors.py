@@ -69,6 +69,24 @@ class NoDocumentsError(FailedPreconditionError):
     reason = "NO_DOCUMENTS"
 
 
+class NoAnswerError(FailedPreconditionError):
+    """There is no answer to explain: the processors left none."""
+
+    reason = "NO_ANSWER"
+
+    def __init__(self, question: int) -> None:
+        super().__init__(f"question {question} has no answer under its generation_config: nothing to explain")
+
+
+class PinnedElsewhereError(FailedPreconditionError):
+    """The request is pinned to a checkpoint, an index generation or contexts that are not those here."""
+
+    reason = "PINNED_ELSEWHERE"
+
+    def __init__(self, field: str, expected: object, here: object) -> None:
+        super().__init__(f"{field}: the request is pinned to {expected!r}, and here it is {here!r}")
+
+
 def error_of(report: Failed) -> RagError:
     """What a worker's refusal is for the caller."""
     match report.status:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from generator_service.checkpoint import Checkpoint
 from generator_service.types import Compatibility, EarlyStopping, GenerationSettings, Strategy
 
@@ -77,6 +79,10 @@ class GenerationDefaults:
         if name in given:
             return given[name]
         own = getattr(self.checkpoint.generation, name, None)
+        if isinstance(
+            own, float
+        ):  # as the contract has it: an answer is pinned to the very number that gave it
+            return float(np.float32(own))
         return default if own is None else own
 
     def _max_length(self, given: Mapping[str, Any], strategy: Strategy) -> int:

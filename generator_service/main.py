@@ -16,6 +16,7 @@ from generator_service.engine.devices import default_devices
 from generator_service.engine.messages import Ready
 from generator_service.engine.worker_options import WorkerOptions
 from generator_service.errors import MismatchError
+from generator_service.explainer import Explainer
 from generator_service.metrics import GeneratorMetrics
 from generator_service.request_checks import RequestLimits
 from generator_service.retrieval_client import Expected, RetrievalClient
@@ -79,7 +80,7 @@ async def serve(settings: GeneratorSettings, started: Callable[[int, int], None]
         )
         model = ServedModel(checkpoint, ready, [w.device for w in engine.workers], _limits(settings, ready))
         generator_service_pb2_grpc.add_GeneratorServiceServicer_to_server(
-            GeneratorServicer(answerer, model), server.registrar
+            GeneratorServicer(answerer, Explainer(engine, answerer), model), server.registrar
         )
         side_port = SidePort(settings, readiness=readiness, metrics=metrics)
         tasks.append(asyncio.create_task(_refresh(engine, generator_metrics)))

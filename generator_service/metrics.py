@@ -17,6 +17,9 @@ class GeneratorMetrics:
 
     def __init__(self, metrics: Metrics) -> None:
         self._questions = metrics.counter("questions_total", "questions answered", ["strategy"])
+        self._abstentions = metrics.counter(
+            "abstentions_total", "questions answered below the confidence asked for, and so not", ["strategy"]
+        )
         self._tokens = metrics.counter(
             "generated_tokens_total", "tokens of returned hypotheses", ["strategy"]
         )
@@ -62,6 +65,10 @@ class GeneratorMetrics:
                 self._answer_tokens.labels(name).observe(lengths[0])
             self._queue_seconds.observe(report.queue_s)
             self._generate_seconds.labels(name).observe(report.generate_s)
+
+    def observe_abstentions(self, strategy: Strategy, count: int) -> None:
+        """Count questions that were not confident enough to be answered."""
+        self._abstentions.labels(strategy.value.lower()).inc(count)
 
     def refresh(self, workers: Sequence[Worker]) -> None:
         """Take over the workers' last heartbeats."""

@@ -151,6 +151,12 @@ def check_priority(priority: int) -> None:
         raise InvalidArgumentError("priority", f"must be -{_MAX_PRIORITY} to {_MAX_PRIORITY}", priority)
 
 
+def check_abstain_below(confidence: float) -> None:
+    """A probability."""
+    if not 0 <= confidence <= 1:
+        raise InvalidArgumentError("abstain_below", "must be 0 to 1", confidence)
+
+
 def _number(test: Callable[[float], bool], what: str) -> Callable[[str, Any], None]:
     def check(name: str, value: Any) -> None:
         if not math.isfinite(value) or not test(value):

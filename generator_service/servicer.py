@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from generator_service import wire
+from generator_service import pinning, provenance_wire, wire
 from generator_service.answer_stream import Piece
 from generator_service.answerer import Answerer, GenerationOptions, QuestionContexts, Questions, Stages
 from generator_service.checkpoint import Checkpoint
 from generator_service.engine.messages import Ready
+from generator_service.explainer import Explainer
 from generator_service.generation_defaults import GenerationDefaults
-from generator_service.request_checks import RequestLimits, check_given, check_priority, check_settings
+from generator_service.request_checks import (
+    RequestLimits,
+    check_abstain_below,
+    check_given,
+    check_priority,
+    check_settings,
+)
 from generator_service.tokenization import TextTokenizer
 from generator_service.types import Compatibility, Hypothesis, QuestionScore, Strategy
 from rag.generator.v1 import generator_service_pb2, generator_service_pb2_grpc
@@ -56,8 +63,8 @@ class _Asked:
 class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     """Serves one Answerer. What it raises becomes a status in the error interceptor."""
 
-    def __init__(self, answerer: Answerer, model: ServedModel) -> None:
-        self._answerer, self._model = answerer, model
+    def __init__(self, answerer: Answerer, explainer: Explainer, model: ServedModel) -> None:
+        self._answerer, self._explainer, self._model = answerer, explainer, model
         self._limits, self._checkpoint = model.limits, model.checkpoint
         self._defaults = GenerationDefaults(model.checkpoint)
 
@@ -92,6 +99,10 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         """Answers questions piece by piece; writes to the stream itself, so that a cancellation always arrives here."""
         pacing = wire.read_pacing(request)
         with wire.fields_within("generate"):
+            if request.generate.abstain_below:
+                raise InvalidArgumentError(
+                    "abstain_below", "needs a whole answer before any of it is sent: use Generate"
+                )
             asked = await self._ask(request.generate)
 
             async def send(piece: Piece) -> None:
@@ -104,15 +115,56 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         response = await self._response(request.generate, asked, hypotheses)
         await context.write(generator_service_pb2.GenerateStreamResponse(response=response))
 
+    async def Explain(  # noqa: N802
+        self, request: generator_service_pb2.ExplainRequest, _context: Context
+    ) -> generator_service_pb2.ExplainResponse:
+        """Says what answers owe to each of their documents, and what they would be without it."""
+        if not request.HasField("generate"):
+            raise InvalidArgumentError("generate", "must be set")
+        with wire.fields_within("generate"):
+            asked = await self._ask(request.generate)
+        options = asked.options
+        explanations = await self._explainer.explain(
+            asked.contexts,
+            self._read_given_answers(request, asked),
+            replace(options, trace=False),
+            asked.stages,
+            answer_without=not request.skip_answers,
+        )
+        explained = await self._explainer.texts_off_loop(asked.contexts, explanations)
+        return generator_service_pb2.ExplainResponse(
+            explanations=provenance_wire.write_explanations(
+                asked.contexts, explained, include_documents=request.generate.include_documents
+            ),
+            strategy=wire.WIRE_STRATEGIES[options.strategy],
+            strategy_differs_from_checkpoint=self._differs(options.strategy),
+            pinned_request=self._pinned(request.generate, asked),
+            timings=wire.write_timings(asked.stages),
+        )
+
     async def _ask(self, request: generator_service_pb2.GenerateRequest) -> _Asked:
         """Reads and checks a request, and finds its contexts."""
         stages = Stages()
         options = self._read_options(request)
+        pinning.check_checkpoint(request, self._checkpoint.digest)
         pad = options.settings.pad_token_id if options.compatibility is Compatibility.HF else None
         questions, contexts = await self._contexts(request, stages, pad_token_id=pad)
+        pinning.check_contexts(request, stages.generation, contexts)
         for question in contexts:
             check_settings(options.settings, options.strategy, len(question.contexts), self._limits)
         return _Asked(questions, contexts, options, stages)
+
+    def _pinned(
+        self, request: generator_service_pb2.GenerateRequest, asked: _Asked
+    ) -> generator_service_pb2.GenerateRequest:
+        return pinning.pinned(
+            request,
+            asked.options,
+            asked.contexts,
+            checkpoint_digest=self._checkpoint.digest,
+            index_generation=asked.stages.generation,
+            default_n_docs=self._model.default_n_docs,
+        )
 
     async def _response(
         self,
@@ -122,8 +174,15 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     ) -> generator_service_pb2.GenerateResponse:
         contexts, options, stages = asked.contexts, asked.options, asked.stages
         answers = await self._answerer.texts_off_loop(contexts, hypotheses)
+        confidences = self._answerer.confidences(hypotheses, options)
         return generator_service_pb2.GenerateResponse(
-            answers=wire.write_answers(contexts, answers, include_documents=request.include_documents),
+            answers=wire.write_answers(
+                contexts,
+                answers,
+                confidences,
+                include_documents=request.include_documents,
+                abstain_below=options.abstain_below,
+            ),
             strategy=wire.WIRE_STRATEGIES[options.strategy],
             strategy_differs_from_checkpoint=self._differs(options.strategy),
             compatibility=wire.WIRE_COMPATIBILITIES[options.compatibility],
@@ -132,6 +191,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             index_generation=stages.generation,
             usage=wire.write_usage(asked.questions, contexts, answers),
             timings=wire.write_timings(stages),
+            pinned_request=self._pinned(request, asked),
         )
 
     async def Score(  # noqa: N802
@@ -205,6 +265,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
 
     def _read_options(self, request: generator_service_pb2.GenerateRequest) -> GenerationOptions:
         check_priority(request.priority)
+        check_abstain_below(request.abstain_below)
         strategy = (
             wire.read_enum(wire.STRATEGIES, request.strategy, "strategy") or self._checkpoint.default_strategy
         )
@@ -227,6 +288,8 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             else self._checkpoint.do_deduplication,
             exclude_bos_score=request.exclude_bos_score if request.HasField("exclude_bos_score") else True,
             priority=request.priority,
+            trace=request.include_provenance,
+            abstain_below=request.abstain_below,
         )
 
     async def _contexts(
@@ -276,13 +339,35 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         assert tokenizer is not None, "a question encoder comes with its tokenizer"
         return tokenizer
 
+    def _read_given_answers(
+        self, request: generator_service_pb2.ExplainRequest, asked: _Asked
+    ) -> list[list[int]] | None:
+        """Answers to explain, without the pads behind them; None where the best are to be found."""
+        which = request.WhichOneof("target")
+        if which is None:
+            return None
+        pad = asked.options.settings.pad_token_id
+        labels = self._read_labels(request, len(asked.contexts), pad, Compatibility.MASKED)
+        for index, row in enumerate(labels):
+            while len(row) > 1 and row[-1] == pad:
+                row.pop()
+            if len(row) < 2:
+                raise InvalidArgumentError(
+                    f"{which}[{index}]", "needs a token after the start token", [int(t) for t in row]
+                )
+        return labels
+
     @staticmethod
     def _check_has_target(request: generator_service_pb2.ScoreRequest) -> None:
         if request.WhichOneof("target") is None:
             raise InvalidArgumentError("target", "one of its fields must be set")
 
     def _read_labels(
-        self, request: generator_service_pb2.ScoreRequest, batch: int, pad: int, compatibility: Compatibility
+        self,
+        request: generator_service_pb2.ScoreRequest | generator_service_pb2.ExplainRequest,
+        batch: int,
+        pad: int,
+        compatibility: Compatibility,
     ) -> list[list[int]]:
         if request.WhichOneof("target") == "labels":
             labels = wire.read_labels(request)

@@ -38,6 +38,16 @@ class TextTokenizer:
             encoded = self._tokenizer(text_target=list(texts), truncation=False, padding=False, verbose=False)
         return list(encoded["input_ids"])
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """Token ids without special tokens, and the characters of each; None for a tokenizer that cannot tell."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return None
+        with self._lock:
+            encoded = self._tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+            )
+        return list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
         with self._lock:

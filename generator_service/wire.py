@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from generator_service.answer_stream import Pacing, Piece
 from generator_service.answerer import AnswerText, QuestionContexts, Questions, Stages
+from generator_service.provenance import Provenance
 from generator_service.request_checks import RequestLimits, check_mask
 from generator_service.retrieval_client import RetrievalSettings
 from generator_service.tokenization import TextTokenizer
@@ -21,7 +22,7 @@ from generator_service.types import (
     SequenceDecoding,
     Strategy,
 )
-from rag.generator.v1 import generation_pb2, generator_service_pb2
+from rag.generator.v1 import generation_pb2, generator_service_pb2, provenance_pb2
 from rag_serving import tensor_codec
 from rag_serving.errors import FieldViolation, InvalidArgumentError
 from rag_serving.tensor_codec import FLOATS, INTEGERS
@@ -44,6 +45,10 @@ COMPATIBILITIES = {
     generation_pb2.COMPATIBILITY_UNSPECIFIED: Compatibility.MASKED,
     generation_pb2.COMPATIBILITY_MASKED: Compatibility.MASKED,
     generation_pb2.COMPATIBILITY_HF: Compatibility.HF,
+}
+WIRE_SEQUENCE_DECODINGS = {
+    SequenceDecoding.THOROUGH: generation_pb2.SEQUENCE_DECODING_THOROUGH,
+    SequenceDecoding.FAST: generation_pb2.SEQUENCE_DECODING_FAST,
 }
 WIRE_COMPATIBILITIES = {
     Compatibility.MASKED: generation_pb2.COMPATIBILITY_MASKED,
@@ -215,14 +220,22 @@ def write_piece(piece: Piece, n_docs: int) -> generation_pb2.AnswerPiece:
 
 
 def write_answers(
-    questions: Sequence[QuestionContexts], answers: Sequence[Sequence[AnswerText]], *, include_documents: bool
+    questions: Sequence[QuestionContexts],
+    answers: Sequence[Sequence[AnswerText]],
+    confidences: Sequence[float],
+    *,
+    include_documents: bool,
+    abstain_below: float,
 ) -> Iterable[generation_pb2.Answer]:
-    """One message a question."""
-    for question, texts in zip(questions, answers, strict=True):
+    """One message a question; without its hypotheses where the best one's probability is too low."""
+    for question, texts, confidence in zip(questions, answers, confidences, strict=True):
+        abstained = confidence < abstain_below
         yield generation_pb2.Answer(
-            hypotheses=[_write_hypothesis(text) for text in texts],
-            documents=_write_documents(question) if include_documents else [],
+            hypotheses=[] if abstained else [write_hypothesis(text) for text in texts],
+            documents=write_documents(question) if include_documents else [],
             n_docs=question.n_docs,
+            confidence=confidence,
+            abstained=abstained,
         )
 
 
@@ -263,12 +276,15 @@ def write_generation_config(settings: GenerationSettings) -> generation_pb2.Gene
     return config
 
 
-def read_labels(request: generator_service_pb2.ScoreRequest) -> npt.NDArray[np.int64]:
+def read_labels(
+    request: generator_service_pb2.ScoreRequest | generator_service_pb2.ExplainRequest,
+) -> npt.NDArray[np.int64]:
     """Targets given as token ids, int64 [batch, length]."""
     return tensor_codec.decode(request.labels, "labels", dtypes=INTEGERS, ndim=2, widen=True)
 
 
-def _write_hypothesis(answer: AnswerText) -> generation_pb2.Hypothesis:
+def write_hypothesis(answer: AnswerText) -> generation_pb2.Hypothesis:
+    """One answer; its provenance where it was traced."""
     hypothesis, span = answer.hypothesis, answer.span
     return generation_pb2.Hypothesis(
         token_ids=hypothesis.token_ids,
@@ -281,10 +297,33 @@ def _write_hypothesis(answer: AnswerText) -> generation_pb2.Hypothesis:
         else generation_pb2.AnswerSpan(
             document=span.document, start=span.start, end=span.end, text=span.text, in_title=span.in_title
         ),
+        provenance=None if answer.provenance is None else _write_provenance(answer.provenance),
     )
 
 
-def _write_documents(question: QuestionContexts) -> list[generation_pb2.RetrievedDocument]:
+def _write_provenance(provenance: Provenance) -> provenance_pb2.Provenance:
+    return provenance_pb2.Provenance(
+        token_posterior=tensor_codec.encode(provenance.token_posterior),
+        tokens=[
+            provenance_pb2.TokenSource(
+                token_id=one.token_id,
+                text=one.text,
+                document=one.document,
+                probability=one.probability,
+                span=None
+                if one.span is None
+                else provenance_pb2.TextSpan(start=one.span[0], end=one.span[1]),
+                context_start=one.context_start,
+                context_end=one.context_end,
+                attention=one.attention,
+            )
+            for one in provenance.tokens
+        ],
+    )
+
+
+def write_documents(question: QuestionContexts) -> list[generation_pb2.RetrievedDocument]:
+    """The documents behind a posterior; none where the caller brought the contexts."""
     if not question.documents:
         return []
     scores = np.array(question.doc_scores, dtype=np.float64)

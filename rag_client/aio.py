@@ -19,6 +19,7 @@ from rag_client.types import (
     AnswerPiece,
     Contexts,
     DocumentLookup,
+    Explanations,
     FloatArray,
     Generation,
     Health,
@@ -94,6 +95,23 @@ class AsyncRagClient:
             raise from_rpc_error(error, self.generator_address) from error
         finally:
             call.cancel()
+
+    async def explain(
+        self,
+        questions: Input,
+        answers: Targets | None = None,
+        *,
+        skip_answers: bool = False,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Explanations:
+        """Says what answers owe to each document: one answer a question, or else the best generated ones.
+
+        Unless skip_answers, it also says what would be answered without each document.
+        """
+        request = messages.explain_request(questions, answers, options, skip_answers=skip_answers)
+        call = self._generator.Explain(request, timeout=self._time(timeout_s))
+        return messages.explanations(await self._answer(call, self.generator_address))
 
     async def generate_from_contexts(
         self,

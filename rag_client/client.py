@@ -15,6 +15,7 @@ from rag_client.options import GenerateOptions, RetrieveOptions, ScoreOptions, S
 from rag_client.types import (
     AnswerPiece,
     DocumentLookup,
+    Explanations,
     FloatArray,
     Generation,
     Health,
@@ -79,6 +80,24 @@ class RagClient:
         finally:
             if not self._loop.is_closed():
                 self._wait(events.aclose())
+
+    def explain(
+        self,
+        questions: Input,
+        answers: Targets | None = None,
+        *,
+        skip_answers: bool = False,
+        timeout_s: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Explanations:
+        """Says what answers owe to each document: one answer a question, or else the best generated ones.
+
+        Unless skip_answers, it also says what would be answered without each document.
+        """
+        call = self._client.explain(
+            questions, answers, skip_answers=skip_answers, timeout_s=timeout_s, **options
+        )
+        return self._wait(call)
 
     def generate_from_contexts(
         self,

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from google.protobuf.message import Message
 
-from rag.generator.v1 import generation_pb2, generator_service_pb2
+from rag.generator.v1 import explanation_pb2, generation_pb2, generator_service_pb2, provenance_pb2
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag.tensor.v1 import tensor_pb2
 from rag_client import types
@@ -46,9 +46,13 @@ def encode_questions_request(questions: Questions) -> generator_service_pb2.Enco
 def generate_request(given: Input, options: Mapping[str, Any]) -> generator_service_pb2.GenerateRequest:
     """Makes the message. Raises TypeError or ValueError for an option that the contract cannot hold."""
     request = generator_service_pb2.GenerateRequest()
+    try:
+        ParseDict(options.get("pinned_request") or {}, request)
+    except ParseError as error:
+        raise ValueError(f"pinned_request: {error}") from error
     _set_input(request, given)
     for name, value in options.items():
-        if value is None:
+        if value is None or name == "pinned_request":
             continue
         if name in _GENERATION:
             _set_generation(request.generation_config, name, value)
@@ -67,16 +71,24 @@ def stream_request(given: Input, options: Mapping[str, Any]) -> generator_servic
     return request
 
 
+def explain_request(
+    given: Input, answers: Targets | None, options: Mapping[str, Any], *, skip_answers: bool
+) -> generator_service_pb2.ExplainRequest:
+    """Makes the message. Raises TypeError or ValueError for an option that the contract cannot hold."""
+    generate = generate_request(given, options)
+    request = generator_service_pb2.ExplainRequest(generate=generate, skip_answers=skip_answers)
+    if answers is not None:
+        _set_target(request, answers)
+    return request
+
+
 def score_request(
     given: Input, targets: Targets, options: Mapping[str, Any]
 ) -> generator_service_pb2.ScoreRequest:
     """Makes the message. Raises TypeError or ValueError for an option that the contract cannot hold."""
     request = generator_service_pb2.ScoreRequest()
     _set_input(request, given)
-    if isinstance(targets, np.ndarray):
-        request.labels.CopyFrom(tensor_codec.encode(_wire_integers(targets)))
-    else:
-        request.target_texts.texts.extend([targets] if isinstance(targets, str) else targets)
+    _set_target(request, targets)
     for name, value in options.items():
         if value is not None:
             _set_option(request, name, value)
@@ -119,6 +131,26 @@ def generation(response: generator_service_pb2.GenerateResponse) -> types.Genera
         index_generation=response.index_generation,
         usage=_mirror(types.Usage, response.usage),
         timings=_mirror(types.Timings, response.timings),
+        pinned_request=_plain(response.pinned_request),
+    )
+
+
+def explanations(response: generator_service_pb2.ExplainResponse) -> types.Explanations:
+    """Returns the explanations of a response."""
+    return types.Explanations(
+        explanations=[
+            types.Explanation(
+                answer=_hypothesis(one.answer),
+                left_out=[_left_out(each) for each in one.left_out],
+                documents=[_mirror(types.RetrievedDocument, each) for each in one.documents],
+                n_docs=one.n_docs,
+            )
+            for one in response.explanations
+        ],
+        strategy=strategy(response.strategy),
+        strategy_differs_from_checkpoint=response.strategy_differs_from_checkpoint,
+        timings=_mirror(types.Timings, response.timings),
+        pinned_request=_plain(response.pinned_request),
     )
 
 
@@ -187,9 +219,7 @@ def model_info(response: generator_service_pb2.GetModelResponse) -> types.ModelI
         response,
         devices=list(response.devices),
         default_strategy=strategy(response.default_strategy),
-        default_generation_config=MessageToDict(
-            response.default_generation_config, preserving_proto_field_name=True
-        ),
+        default_generation_config=_plain(response.default_generation_config),
     )
 
 
@@ -216,19 +246,52 @@ def array(tensor: tensor_pb2.Tensor, field: str) -> npt.NDArray[Any]:
 
 def _answer(message: generation_pb2.Answer) -> types.Answer:
     return types.Answer(
-        hypotheses=[
-            _mirror(
-                types.Hypothesis,
-                one,
-                token_ids=list(one.token_ids),
-                document_posterior=list(one.document_posterior),
-                span=_mirror(types.AnswerSpan, one.span) if one.HasField("span") else None,
-            )
-            for one in message.hypotheses
-        ],
+        hypotheses=[_hypothesis(one) for one in message.hypotheses],
         documents=[_mirror(types.RetrievedDocument, one) for one in message.documents],
         n_docs=message.n_docs,
+        confidence=message.confidence,
+        abstained=message.abstained,
     )
+
+
+def _hypothesis(message: generation_pb2.Hypothesis) -> types.Hypothesis:
+    return _mirror(
+        types.Hypothesis,
+        message,
+        token_ids=list(message.token_ids),
+        document_posterior=list(message.document_posterior),
+        span=_mirror(types.AnswerSpan, message.span) if message.HasField("span") else None,
+        provenance=_provenance(message.provenance) if message.HasField("provenance") else None,
+    )
+
+
+def _provenance(message: provenance_pb2.Provenance) -> types.Provenance:
+    return types.Provenance(
+        token_posterior=array(message.token_posterior, "token_posterior"),
+        tokens=[
+            _mirror(
+                types.TokenSource,
+                one,
+                span=_mirror(types.TextSpan, one.span) if one.HasField("span") else None,
+            )
+            for one in message.tokens
+        ],
+    )
+
+
+def _left_out(message: explanation_pb2.LeftOut) -> types.LeftOut:
+    return _mirror(
+        types.LeftOut,
+        message,
+        log_likelihood=message.log_likelihood if message.HasField("log_likelihood") else None,
+        change=message.change if message.HasField("change") else None,
+        answer=_hypothesis(message.answer) if message.HasField("answer") else None,
+    )
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as JSON has it, its fields by their own names."""
+    return MessageToDict(message, preserving_proto_field_name=True)
 
 
 def _mirror(kind: type[MirrorT], message: Message, **known: Any) -> MirrorT:
@@ -260,6 +323,13 @@ def _set_input(request: Any, given: Input) -> None:
     else:
         request.question_texts.SetInParent()
         request.question_texts.texts.extend([given] if isinstance(given, str) else given)
+
+
+def _set_target(request: Any, targets: Targets) -> None:
+    if isinstance(targets, np.ndarray):
+        request.labels.CopyFrom(tensor_codec.encode(_wire_integers(targets)))
+    else:
+        request.target_texts.texts.extend([targets] if isinstance(targets, str) else targets)
 
 
 def _wire_integers(values: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:

@@ -1,7 +1,7 @@
 """The keyword arguments of the client's calls, by the names of the contract and of Hugging Face."""
 
-from collections.abc import Sequence
-from typing import Literal, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 from rag_client.types import Strategy
 
@@ -62,7 +62,10 @@ class GenerationOptions(TypedDict, total=False):
 
 
 class GenerateOptions(RetrievalOptions, GenerationOptions, total=False):
-    """Everything that Generate can be told beside its input."""
+    """Everything that Generate can be told beside its input.
+
+    `pinned_request` is a Generation's: it sets everything, and the arguments beside it change it.
+    """
 
     strategy: StrategyName | None
     sequence_decoding: SequenceDecodingName | None
@@ -70,6 +73,12 @@ class GenerateOptions(RetrievalOptions, GenerationOptions, total=False):
     do_deduplication: bool | None
     exclude_bos_score: bool | None
     include_documents: bool | None
+    include_provenance: bool | None
+    abstain_below: float | None
+    expected_checkpoint_digest: str | None
+    expected_index_generation: int | None
+    expected_contexts_digest: str | None
+    pinned_request: Mapping[str, Any] | None
     priority: int | None
 
 

@@ -1,5 +1,6 @@
 """What the client hands back: answers, documents and descriptions as plain data, arrays as numpy."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -57,6 +58,40 @@ class AnswerSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class TextSpan:
+    """Characters [start, end) of a document's text."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSource:
+    """What a generated token rests on: its likeliest document, and where the decoder looked most in its text.
+
+    `text` is what the token adds to the answer's text; [context_start, context_end) are the tokens of the document's
+    context that `attention`, a share of the whole, falls on; `span` is the same as characters of its text, where known.
+    """
+
+    token_id: int
+    text: str
+    document: int
+    probability: float
+    span: TextSpan | None
+    context_start: int
+    context_end: int
+    attention: float
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What an answer rests on, token by token: token_posterior is float32 [generated tokens, n_docs]."""
+
+    token_posterior: FloatArray
+    tokens: list[TokenSource]
+
+
+@dataclass(frozen=True, slots=True)
 class Hypothesis:
     """One answer; `document_posterior` is p(document | question, answer) of each retrieved document."""
 
@@ -66,6 +101,12 @@ class Hypothesis:
     log_likelihood: float
     document_posterior: list[float]
     span: AnswerSpan | None
+    provenance: Provenance | None = None
+
+    @property
+    def probability(self) -> float:
+        """p(answer | question), marginalised over the documents."""
+        return math.exp(self.log_likelihood)
 
     @property
     def answer(self) -> str:
@@ -97,11 +138,17 @@ class RetrievedDocument:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The answers to one question, best first, and the documents where they were asked for."""
+    """The answers to one question, best first, and the documents where they were asked for.
+
+    `confidence` is the best answer's probability; where `abstained`, it was below what the request asked for, and
+    there are no hypotheses.
+    """
 
     hypotheses: list[Hypothesis]
     documents: list[RetrievedDocument]
     n_docs: int
+    confidence: float = 0.0
+    abstained: bool = False
 
     @property
     def best(self) -> Hypothesis:
@@ -150,7 +197,11 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The answers of a request, in the order of its questions, and how they came about."""
+    """The answers of a request, in the order of its questions, and how they came about.
+
+    `pinned_request` is the request with nothing left open, ready for JSON: given back to `generate` with the same
+    questions, it gets the same tokens, or FAILED_PRECONDITION.
+    """
 
     answers: list[Answer]
     strategy: Strategy
@@ -161,6 +212,42 @@ class Generation:
     index_generation: int
     usage: Usage
     timings: Timings
+    pinned_request: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """An answer without one document: its log-likelihood, the change of it, and what would be answered instead.
+
+    log_likelihood and change are None where it is the only document, answer where none was asked for or there is none.
+    """
+
+    document: int
+    log_likelihood: float | None
+    change: float | None
+    answer: Hypothesis | None
+    answer_differs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """An answer with its provenance, and what it owes to each of its documents."""
+
+    answer: Hypothesis
+    left_out: list[LeftOut]
+    documents: list[RetrievedDocument]
+    n_docs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Explanations:
+    """The explanations of a request, in the order of its questions."""
+
+    explanations: list[Explanation]
+    strategy: Strategy
+    strategy_differs_from_checkpoint: bool
+    timings: Timings
+    pinned_request: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,11 @@ class AsyncEngine:
         """Requests accepted and not answered yet."""
         return sum(worker.num_pending for worker in self.workers)
 
+    @property
+    def max_queued(self) -> int:
+        """Requests that are accepted at once at most."""
+        return self._max_queued
+
     @contextmanager
     def accepted(self, count: int) -> Iterator[None]:
         """Holds places for count questions while they are worked on.
@@ -108,9 +113,16 @@ class AsyncEngine:
         assert isinstance(report, Scored)
         return report
 
-    async def _submit(self, work: Work, on_progress: OnProgress | None = None) -> object:
+    async def answer_together(self, works: Sequence[Work]) -> list[object]:
+        """Reports on work that shares contexts: all of it goes to one device, which encodes each of them once."""
+        worker = self._least_busy()
+        return await gather_or_cancel([self._submit(work, worker=worker) for work in works])
+
+    async def _submit(
+        self, work: Work, on_progress: OnProgress | None = None, worker: Worker | None = None
+    ) -> object:
         """Answers once; work of a worker that dies goes to another one, once, unless a part of the answer is out."""
-        worker, begun = self._least_busy(), False
+        worker, begun = worker or self._least_busy(), False
 
         def listen(progress: Progress) -> None:
             nonlocal begun
