@@ -1,5 +1,6 @@
 """`rag-index`: build, verify and describe the index folders that `rag-retriever` serves."""
 
+import contextlib
 import enum
 import json
 import sqlite3
@@ -13,13 +14,17 @@ from rich.table import Table
 
 from rag_serving.errors import RagError
 from retriever_service.errors import BuildError
+from retriever_service.index.faiss_index import FaissIndex, set_num_threads
 from retriever_service.index.manifest import Manifest
 from retriever_service.index.snapshot import Snapshot
+from retriever_service.ingest import tune as tuning
+from retriever_service.ingest import tune_report
 from retriever_service.ingest.build import BuildOptions, Encoder, build_index
 from retriever_service.ingest.progress import shown_progress
 from retriever_service.ingest.reader import CorpusFormat, CorpusReader
 from retriever_service.ingest.records import MAX_TEXT_BYTES
 from retriever_service.ingest.verify import verify_index
+from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import Metric
 
 app = typer.Typer(
@@ -163,6 +168,47 @@ def info(
         sys.stdout.write(json.dumps(snapshot.manifest.model_dump(mode="json"), indent=2) + "\n")
     else:
         Console().print(_table(snapshot.folder, snapshot.manifest))
+
+
+@app.command()
+def tune(
+    folder: Folder,
+    n_docs: Annotated[int, typer.Option(min=1, help="documents of a question")] = 5,
+    target_recall: Annotated[float, typer.Option(min=0, max=1, help="recall that will do")] = 0.95,
+    questions: Annotated[
+        Path | None, typer.Option(help='JSONL of {"text", "embedding"}; default: drawn from the documents')
+    ] = None,
+    num_questions: Annotated[int, typer.Option(min=1, help="questions drawn, or taken of the file")] = 200,
+    threads: Annotated[int, typer.Option(min=0, help="threads of a search; 0 takes every core")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    plot: Annotated[Path | None, typer.Option(help="write recall over latency to this .svg or .png")] = None,
+) -> None:
+    """Measures recall against latency over the search knobs of an index, and recommends a setting."""
+    snapshot = Snapshot.open(folder)
+    if threads:
+        set_num_threads(threads)
+    index = FaissIndex.load(snapshot.index_file)
+    with contextlib.closing(SqliteStore(snapshot.documents_file, snapshot.manifest.dimension)) as store:
+        asked = (
+            tuning.sampled_questions(store, num_questions)
+            if questions is None
+            else tuning.given_questions(questions, num_questions)
+        )
+        trials = tuning.tune(
+            index,
+            store,
+            asked,
+            n_docs,
+            lossy=any(code in snapshot.manifest.kind for code in ("PQ", "SQ")),
+            progress=lambda setting: _console.print(f"trying {tune_report.flags(setting)}", style="dim"),
+        )
+    best = tuning.recommended(trials, target_recall)
+    if plot is not None:
+        tune_report.plot(trials, best, n_docs, plot)
+    if as_json:
+        sys.stdout.write(json.dumps(tune_report.as_json(trials, best, n_docs), indent=2) + "\n")
+    else:
+        Console().print(tune_report.as_table(trials, best, n_docs))
 
 
 def _table(folder: Path, manifest: Manifest) -> Table:
