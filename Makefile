@@ -72,6 +72,10 @@ eval-demo: setup ## measure the demo's exact match through the running pair
 bench-engine: setup ## the engine against Hugging Face (QUICK=1 the smaller part, JSON=file writes rows)
 	@$(BIN)/python -m bench.micro.engine $(if $(QUICK),--quick) $(if $(JSON),--json "$(JSON)") $(BENCH_ARGS)
 
+.PHONY: bench-retriever
+bench-retriever: setup ## the served retriever against faiss and RagRetriever (QUICK=1, JSON=file)
+	@$(BIN)/python -m bench.retriever $(if $(QUICK),--quick) $(if $(JSON),--json "$(JSON)") $(BENCH_ARGS)
+
 .PHONY: lint
 lint: setup lint-python lint-proto lint-deploy ## all linters: ruff, mypy, import-linter, buf, hadolint, kubernetes-validate
 
