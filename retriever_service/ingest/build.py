@@ -169,11 +169,10 @@ def _embedded(
     reader: CorpusReader, first_row: int, encoder: Encoder | CorpusEncoder | None, dimension: int | None
 ) -> Iterator[tuple[list[Record], Float32Array]]:
     """Yields the chunks of records from first_row on with their embeddings, float32 [records, dim]."""
-    records = itertools.islice(iter(reader), first_row, None)
     if isinstance(encoder, CorpusEncoder):
-        yield from zip(chunks(records), encoder.encode_corpus(reader, first_row), strict=True)
+        yield from zip(chunks(reader, first_row), encoder.encode_corpus(reader, first_row), strict=True)
         return
-    for chunk in chunks(records):
+    for chunk in chunks(reader, first_row):
         if encoder is None:
             embeddings = _given_embeddings(chunk, dimension)
             dimension = embeddings.shape[1]
@@ -235,9 +234,9 @@ def _recipe(reader: CorpusReader, embedding: Embedding, options: BuildOptions) -
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Yields the records in lists of RECORDS_PER_CHUNK; the last one may be shorter."""
-    iterator = iter(records)
+def chunks(records: Iterable[Record], first_row: int) -> Iterator[list[Record]]:
+    """Yields the records from first_row on in lists of RECORDS_PER_CHUNK; the last one may be shorter."""
+    iterator = itertools.islice(records, first_row, None)
     while chunk := list(itertools.islice(iterator, RECORDS_PER_CHUNK)):
         yield chunk
 

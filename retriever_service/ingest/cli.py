@@ -6,7 +6,7 @@ import json
 import sqlite3
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,7 @@ from retriever_service.index.manifest import Manifest
 from retriever_service.index.snapshot import Snapshot
 from retriever_service.ingest import tune as tuning
 from retriever_service.ingest import tune_report
-from retriever_service.ingest.build import BuildOptions, Encoder, build_index
+from retriever_service.ingest.build import BuildOptions, CorpusEncoder, Encoder, build_index
 from retriever_service.ingest.progress import shown_progress
 from retriever_service.ingest.reader import CorpusFormat, CorpusReader
 from retriever_service.ingest.records import MAX_TEXT_BYTES
@@ -34,6 +34,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _console = Console(stderr=True)
+
+
+class Engine(enum.StrEnum):
+    """What embeds the passages: this process, or Ray Data's actors."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 class EmbeddingsDtype(enum.StrEnum):
@@ -94,6 +101,11 @@ def build(
     threads: Annotated[
         int | None, typer.Option(min=1, help="threads of the encoder; default: torch's")
     ] = None,
+    engine: Annotated[Engine, typer.Option(help="where passages are embedded")] = Engine.LOCAL,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster to embed on; none: this machine, on loopback")
+    ] = None,
+    ray_actors: Annotated[int, typer.Option(min=1, help="encoders that Ray runs beside each other")] = 1,
     embeddings_dtype: Annotated[
         EmbeddingsDtype, typer.Option(help="how embeddings are stored; float16 takes half the room")
     ] = EmbeddingsDtype.FLOAT32,
@@ -115,24 +127,31 @@ def build(
     reader = CorpusReader(
         corpus, corpus_format, max_text_bytes, passage_words=passage_words, language=language
     )
-    encoder: Encoder | None = None
+    encoder: Encoder | CorpusEncoder | None = None
     if embedding_model is not None:
         # Imported here: verify, info and corpora with embeddings need no torch.
         from retriever_service.ingest.embed import PassageEncoder, Pooling  # noqa: PLC0415
 
         if pooling not in {choice.value for choice in Pooling}:
             raise BuildError(f"--pooling must be mean, cls or pooler, got {pooling!r}")
-        encoder = PassageEncoder(
-            embedding_model,
-            name=embedding_model_name,
-            pooling=Pooling(pooling),
-            normalize=normalize,
-            max_length=max_length,
-            template=passage_template,
-            batch_size=batch_size,
-            device=device,
-            num_threads=threads,
-        )
+        settings: dict[str, Any] = {
+            "source": embedding_model,
+            "name": embedding_model_name,
+            "pooling": Pooling(pooling),
+            "normalize": normalize,
+            "max_length": max_length,
+            "template": passage_template,
+            "batch_size": batch_size,
+            "device": device,
+            "num_threads": threads,
+        }
+        if engine is Engine.RAY:
+            from retriever_service.ingest.ray_encoder import RayEncoder, RayOptions  # noqa: PLC0415
+
+            on_gpu = device.startswith("cuda")
+            encoder = RayEncoder(settings, RayOptions(ray_address, ray_actors, threads or 1, on_gpu))
+        else:
+            encoder = PassageEncoder(**settings)
     elif embedding_model_name is None:
         raise BuildError("give --embedding-model, or --embedding-model-name where the corpus has embeddings")
     options = BuildOptions(
