@@ -37,6 +37,7 @@ class Checkpoint:
     do_deduplication: bool
     exclude_bos_score: bool
     reduce_loss: bool
+    do_marginalize: bool
     label_smoothing: float
     bos_token_id: int | None
     embedding_model: str
@@ -75,6 +76,7 @@ def _read_rag(settings: GeneratorSettings, folder: Path) -> Checkpoint:
         do_deduplication=bool(config.do_deduplication),
         exclude_bos_score=bool(config.exclude_bos_score),
         reduce_loss=bool(config.reduce_loss),
+        do_marginalize=bool(config.do_marginalize),
         label_smoothing=float(config.label_smoothing),
         bos_token_id=getattr(config, "bos_token_id", None) or getattr(config.generator, "bos_token_id", None),
         embedding_model=settings.embedding_model or str(own.get("embedding_model", "")),
@@ -106,6 +108,7 @@ def _read_apart(settings: GeneratorSettings) -> Checkpoint:
         do_deduplication=True,
         exclude_bos_score=False,
         reduce_loss=False,
+        do_marginalize=False,
         label_smoothing=0.0,
         bos_token_id=getattr(config, "bos_token_id", None),
         embedding_model=settings.embedding_model or "",

@@ -97,6 +97,19 @@ class GeneratorSettings(ServiceSettings):
         1024, ge=1, description="questions accepted and not yet answered, before RESOURCE_EXHAUSTED"
     )
 
+    max_forward_mib: int = Field(
+        256, ge=1, le=2048, description="MiB of the outputs of one forward pass at most"
+    )
+    max_past_key_values: int = Field(
+        64, ge=0, description="past_key_values that forward passes leave on a device at most"
+    )
+    past_key_values_mib: int = Field(
+        256, ge=0, description="MiB of all past_key_values held on a device, beside the cache budget"
+    )
+    past_key_values_expires_s: float = Field(
+        60.0, gt=0, description="seconds without use until past_key_values are forgotten"
+    )
+
     @model_validator(mode="after")
     def _one_source(self) -> GeneratorSettings:
         if self.rag_checkpoint is None and self.generator is None:

@@ -8,6 +8,7 @@ from rag_serving.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
+    NotFoundError,
     RagError,
     ResourceExhaustedError,
     StartupError,
@@ -87,11 +88,26 @@ class PinnedElsewhereError(FailedPreconditionError):
         super().__init__(f"{field}: the request is pinned to {expected!r}, and here it is {here!r}")
 
 
+class PastLostError(NotFoundError):
+    """A handle of past_key_values that is no longer held, or never was."""
+
+    reason = "PAST_KEY_VALUES_LOST"
+
+
+_TOO_LARGE = {"generation_config", "input"}
+
+
 def error_of(report: Failed) -> RagError:
     """What a worker's refusal is for the caller."""
     match report.status:
         case "INVALID_ARGUMENT":
-            return InvalidArgumentError("generation_config", report.message, reason="TOO_LARGE_FOR_DEVICE")
+            return InvalidArgumentError(
+                report.field,
+                report.message,
+                reason="TOO_LARGE_FOR_DEVICE" if report.field in _TOO_LARGE else None,
+            )
+        case "NOT_FOUND":
+            return PastLostError(report.message)
         case "RESOURCE_EXHAUSTED":
             return DeviceTooSmallError(report.message, 1.0)
         case "DEADLINE_EXCEEDED":

@@ -17,6 +17,8 @@ from generator_service.engine.messages import Ready
 from generator_service.engine.worker_options import WorkerOptions
 from generator_service.errors import MismatchError
 from generator_service.explainer import Explainer
+from generator_service.forward import Forwarder
+from generator_service.forward_calls import ForwardCalls
 from generator_service.metrics import GeneratorMetrics
 from generator_service.request_checks import RequestLimits
 from generator_service.retrieval_client import Expected, RetrievalClient
@@ -79,8 +81,15 @@ async def serve(settings: GeneratorSettings, started: Callable[[int, int], None]
             question_pad_token_id=0 if question_tokenizer is None else question_tokenizer.pad_token_id,
         )
         model = ServedModel(checkpoint, ready, [w.device for w in engine.workers], _limits(settings, ready))
+        pad = checkpoint.generator_tokenizer.pad_token_id
+        forward = ForwardCalls(
+            Forwarder(engine, retrieval, context_pad_token_id=pad),
+            checkpoint,
+            model.limits,
+            past_expires_s=settings.past_key_values_expires_s,
+        )
         generator_service_pb2_grpc.add_GeneratorServiceServicer_to_server(
-            GeneratorServicer(answerer, Explainer(engine, answerer), model), server.registrar
+            GeneratorServicer(answerer, Explainer(engine, answerer), model, forward), server.registrar
         )
         side_port = SidePort(settings, readiness=readiness, metrics=metrics)
         tasks.append(asyncio.create_task(_refresh(engine, generator_metrics)))
@@ -192,6 +201,10 @@ def _worker_options(settings: GeneratorSettings, source: ModelSource) -> list[Wo
             heartbeat_s=settings.heartbeat_s,
             log_level=settings.log_level,
             log_format=settings.log_format,
+            max_forward_bytes=settings.max_forward_mib * 2**20,
+            max_past_key_values=settings.max_past_key_values,
+            past_key_values_bytes=settings.past_key_values_mib * 2**20,
+            past_key_values_expires_s=settings.past_key_values_expires_s,
             batching=settings.batching,
         )
         for device in settings.devices or default_devices()

@@ -42,6 +42,7 @@ class RetrievalSettings:
     ef_search: int = 0
     max_combined_length: int = 0
     truncate_question_last: bool = False
+    include_embeds: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Retrieval:
     questions: list[RetrievedQuestion]
     generation: int
     padded_length: int
+    retrieved_doc_embeds: npt.NDArray[np.float32] | None = None  # [batch, n_docs, dim], where asked for
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class RetrievalClient:
             if settings.truncate_question_last
             else document_pb2.TRUNCATION_KEEP_QUESTION,
             include_documents=True,
+            include_retrieved_doc_embeds=settings.include_embeds,
             expectation=self._expectation(),
         )
         if texts is not None:
@@ -147,7 +150,10 @@ class RetrievalClient:
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
         padded_length = settings.max_combined_length or self._max_combined_length
-        return Retrieval(_questions(response), response.generation, padded_length)
+        embeds = None
+        if settings.include_embeds:
+            embeds = tensor_codec.decode(response.retrieved_doc_embeds, "retrieved_doc_embeds", ndim=3)
+        return Retrieval(_questions(response), response.generation, padded_length, embeds)
 
     def _expectation(self) -> document_pb2.Expectation:
         expected = self._expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from generator_service.answerer import Answerer, GenerationOptions, QuestionCont
 from generator_service.checkpoint import Checkpoint
 from generator_service.engine.messages import Ready
 from generator_service.explainer import Explainer
+from generator_service.forward_calls import ForwardCalls
 from generator_service.generation_defaults import GenerationDefaults
 from generator_service.request_checks import (
     RequestLimits,
@@ -24,7 +25,7 @@ from generator_service.request_checks import (
 )
 from generator_service.tokenization import TextTokenizer
 from generator_service.types import Compatibility, Hypothesis, QuestionScore, Strategy
-from rag.generator.v1 import generator_service_pb2, generator_service_pb2_grpc
+from rag.generator.v1 import forward_pb2, generator_service_pb2, generator_service_pb2_grpc
 from rag.tensor.v1 import tensor_pb2
 from rag_serving import tensor_codec
 from rag_serving.errors import FailedPreconditionError, InvalidArgumentError
@@ -63,8 +64,11 @@ class _Asked:
 class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
     """Serves one Answerer. What it raises becomes a status in the error interceptor."""
 
-    def __init__(self, answerer: Answerer, explainer: Explainer, model: ServedModel) -> None:
+    def __init__(
+        self, answerer: Answerer, explainer: Explainer, model: ServedModel, forward: ForwardCalls
+    ) -> None:
         self._answerer, self._explainer, self._model = answerer, explainer, model
+        self._forward = forward
         self._limits, self._checkpoint = model.limits, model.checkpoint
         self._defaults = GenerationDefaults(model.checkpoint)
 
@@ -234,6 +238,19 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             strategy_differs_from_checkpoint=self._differs(strategy),
             index_generation=stages.generation,
         )
+
+    async def Forward(  # noqa: N802
+        self, request: forward_pb2.ForwardRequest, _context: Context
+    ) -> AsyncIterator[forward_pb2.ForwardResponse]:
+        """Runs the forward pass of Hugging Face's RAG classes."""
+        async for part in self._forward.forward(request):
+            yield part
+
+    async def ReleasePastKeyValues(  # noqa: N802
+        self, request: forward_pb2.ReleasePastKeyValuesRequest, _context: Context
+    ) -> forward_pb2.ReleasePastKeyValuesResponse:
+        """Frees what a Forward with use_cache left on the device."""
+        return await self._forward.release(request)
 
     async def GetModel(  # noqa: N802
         self, _request: generator_service_pb2.GetModelRequest, _context: Context

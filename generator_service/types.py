@@ -157,3 +157,11 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     score_scale: float
     dtype: str
     decoder: str = "auto"
+
+
+class ModelClass(Enum):
+    """Whose forward pass is run: Hugging Face's RagModel, RagSequenceForGeneration or RagTokenForGeneration."""
+
+    RAG_MODEL = "RAG_MODEL"
+    RAG_SEQUENCE = "RAG_SEQUENCE"
+    RAG_TOKEN = "RAG_TOKEN"  # noqa: S105  (a class, no password)

@@ -9,18 +9,26 @@ import numpy as np
 import numpy.typing as npt
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from rag.generator.v1 import generator_service_pb2, generator_service_pb2_grpc
+from rag.generator.v1 import forward_pb2, generator_service_pb2, generator_service_pb2_grpc
 from rag.retriever.v1 import retriever_service_pb2, retriever_service_pb2_grpc
 from rag_client import messages
 from rag_client.errors import from_rpc_error
+from rag_client.forward import ForwardAssembly, ForwardInput, forward_request
 from rag_client.messages import Input, Questions, Targets
-from rag_client.options import GenerateOptions, RetrieveOptions, ScoreOptions, StreamOptions
+from rag_client.options import (
+    ForwardOptions,
+    GenerateOptions,
+    RetrieveOptions,
+    ScoreOptions,
+    StreamOptions,
+)
 from rag_client.types import (
     AnswerPiece,
     Contexts,
     DocumentLookup,
     Explanations,
     FloatArray,
+    ForwardOutputs,
     Generation,
     Health,
     IndexInfo,
@@ -38,7 +46,8 @@ ResponseT = TypeVar("ResponseT")
 class AsyncRagClient:
     """Talks to a generator and, where its address is given, to a retriever; make it inside an event loop.
 
-    No call changes anything at the services, so all of them are sent again where a replica was UNAVAILABLE.
+    No call but a forward with use_cache leaves anything at the services, so all of them are sent again where a
+    replica was UNAVAILABLE.
     Every method takes `timeout_s`, which wins over the client's; every failed call raises RagClientError.
     """
 
@@ -145,6 +154,28 @@ class AsyncRagClient:
         request = messages.score_request(questions, targets, options)
         call = self._generator.Score(request, timeout=self._time(timeout_s))
         return messages.scores(await self._answer(call, self.generator_address))
+
+    async def forward(
+        self, given: ForwardInput, *, timeout_s: float | None = None, **options: Unpack[ForwardOptions]
+    ) -> ForwardOutputs:
+        """Runs the forward pass of Hugging Face's RAG classes over questions, contexts or encoder outputs.
+
+        None is for a call with past_key_values alone. Raises ValueError for an answer that is torn.
+        """
+        request = forward_request(given, options)
+        assembly = ForwardAssembly()
+        try:
+            async for part in self._generator.Forward(request, timeout=self._time(timeout_s)):
+                assembly.add(part)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self.generator_address) from error
+        return assembly.outputs()
+
+    async def release_past_key_values(self, past_key_values: str, *, timeout_s: float | None = None) -> None:
+        """Frees a handle that `forward` returned with use_cache."""
+        request = forward_pb2.ReleasePastKeyValuesRequest(past_key_values=past_key_values)
+        call = self._generator.ReleasePastKeyValues(request, timeout=self._time(timeout_s))
+        await self._answer(call, self.generator_address)
 
     async def get_model(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Describes the model that answers."""

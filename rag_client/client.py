@@ -10,13 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from rag_client.aio import AsyncRagClient
+from rag_client.forward import ForwardInput
 from rag_client.messages import Input, Questions, Targets
-from rag_client.options import GenerateOptions, RetrieveOptions, ScoreOptions, StreamOptions
+from rag_client.options import (
+    ForwardOptions,
+    GenerateOptions,
+    RetrieveOptions,
+    ScoreOptions,
+    StreamOptions,
+)
 from rag_client.types import (
     AnswerPiece,
     DocumentLookup,
     Explanations,
     FloatArray,
+    ForwardOutputs,
     Generation,
     Health,
     IndexInfo,
@@ -128,6 +136,19 @@ class RagClient:
     ) -> Scores:
         """Gives log p(target | question) of one target a question: texts, or labels [batch, length]."""
         return self._wait(self._client.score(questions, targets, timeout_s=timeout_s, **options))
+
+    def forward(
+        self, given: ForwardInput, *, timeout_s: float | None = None, **options: Unpack[ForwardOptions]
+    ) -> ForwardOutputs:
+        """Runs the forward pass of Hugging Face's RAG classes over questions, contexts or encoder outputs.
+
+        None is for a call with past_key_values alone.
+        """
+        return self._wait(self._client.forward(given, timeout_s=timeout_s, **options))
+
+    def release_past_key_values(self, past_key_values: str, *, timeout_s: float | None = None) -> None:
+        """Frees a handle that `forward` returned with use_cache."""
+        self._wait(self._client.release_past_key_values(past_key_values, timeout_s=timeout_s))
 
     def get_model(self, *, timeout_s: float | None = None) -> ModelInfo:
         """Describes the model that answers."""

@@ -33,13 +33,14 @@ _PREFIXES = {
     "strategy": "STRATEGY",
     "sequence_decoding": "SEQUENCE_DECODING",
     "compatibility": "COMPATIBILITY",
+    "model_class": "MODEL_CLASS",
 }
 
 
 def encode_questions_request(questions: Questions) -> generator_service_pb2.EncodeQuestionsRequest:
     """Makes the message. Raises TypeError for what is no question."""
     request = generator_service_pb2.EncodeQuestionsRequest()
-    _set_input(request, questions)
+    set_input(request, questions)
     return request
 
 
@@ -50,14 +51,14 @@ def generate_request(given: Input, options: Mapping[str, Any]) -> generator_serv
         ParseDict(options.get("pinned_request") or {}, request)
     except ParseError as error:
         raise ValueError(f"pinned_request: {error}") from error
-    _set_input(request, given)
+    set_input(request, given)
     for name, value in options.items():
         if value is None or name == "pinned_request":
             continue
         if name in _GENERATION:
             _set_generation(request.generation_config, name, value)
         else:
-            _set_option(request, name, value)
+            set_option(request, name, value)
     return request
 
 
@@ -87,11 +88,11 @@ def score_request(
 ) -> generator_service_pb2.ScoreRequest:
     """Makes the message. Raises TypeError or ValueError for an option that the contract cannot hold."""
     request = generator_service_pb2.ScoreRequest()
-    _set_input(request, given)
+    set_input(request, given)
     _set_target(request, targets)
     for name, value in options.items():
         if value is not None:
-            _set_option(request, name, value)
+            set_option(request, name, value)
     return request
 
 
@@ -104,7 +105,7 @@ def retrieve_request(
     states = np.asarray(question_hidden_states, np.float32)
     request = retriever_service_pb2.RetrieveRequest(question_hidden_states=tensor_codec.encode(states))
     if isinstance(questions, types.QuestionTokens):
-        request.question_input_ids.CopyFrom(tensor_codec.encode(_wire_integers(questions.input_ids)))
+        request.question_input_ids.CopyFrom(tensor_codec.encode(wire_integers(questions.input_ids)))
     elif questions is not None:
         request.question_texts.texts.extend([questions] if isinstance(questions, str) else questions)
     for name, value in options.items():
@@ -308,16 +309,17 @@ def _enum_name(name: str, prefix: str) -> str:
     return name.removeprefix(f"{prefix}_")
 
 
-def _set_input(request: Any, given: Input) -> None:
+def set_input(request: Any, given: Input) -> None:
+    """Sets what a request asks about: texts, tokens or contexts."""
     if isinstance(given, types.QuestionTokens):
-        request.question_tokens.input_ids.CopyFrom(tensor_codec.encode(_wire_integers(given.input_ids)))
+        request.question_tokens.input_ids.CopyFrom(tensor_codec.encode(wire_integers(given.input_ids)))
         if given.attention_mask is not None:
-            mask = tensor_codec.encode(_wire_integers(given.attention_mask))
+            mask = tensor_codec.encode(wire_integers(given.attention_mask))
             request.question_tokens.attention_mask.CopyFrom(mask)
     elif isinstance(given, types.Contexts):
         contexts = request.contexts
-        contexts.context_input_ids.CopyFrom(tensor_codec.encode(_wire_integers(given.context_input_ids)))
-        mask = tensor_codec.encode(_wire_integers(given.context_attention_mask))
+        contexts.context_input_ids.CopyFrom(tensor_codec.encode(wire_integers(given.context_input_ids)))
+        mask = tensor_codec.encode(wire_integers(given.context_attention_mask))
         contexts.context_attention_mask.CopyFrom(mask)
         contexts.doc_scores.CopyFrom(tensor_codec.encode(np.asarray(given.doc_scores, np.float32)))
     else:
@@ -327,18 +329,19 @@ def _set_input(request: Any, given: Input) -> None:
 
 def _set_target(request: Any, targets: Targets) -> None:
     if isinstance(targets, np.ndarray):
-        request.labels.CopyFrom(tensor_codec.encode(_wire_integers(targets)))
+        request.labels.CopyFrom(tensor_codec.encode(wire_integers(targets)))
     else:
         request.target_texts.texts.extend([targets] if isinstance(targets, str) else targets)
 
 
-def _wire_integers(values: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
+def wire_integers(values: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
     """Returns int32 as it is and other integers as int64; anything else is left for the service to refuse."""
     given = np.asarray(values)
     return given.astype(np.int64) if given.dtype.kind in "iub" and given.dtype != np.int32 else given
 
 
-def _set_option(request: Any, name: str, value: Any) -> None:
+def set_option(request: Any, name: str, value: Any) -> None:
+    """Sets an argument where the contract has it. Raises TypeError or ValueError where it cannot hold it."""
     if name in _RETRIEVAL:
         setattr(request.retrieval_config, name, value)
     elif name in _PREFIXES:

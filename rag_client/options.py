@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+import numpy as np
+import numpy.typing as npt
+
 from rag_client.types import Strategy
 
 StrategyName = Strategy | Literal["RAG_SEQUENCE", "RAG_TOKEN"]
@@ -98,6 +101,28 @@ class ScoreOptions(RetrievalOptions, total=False):
     label_smoothing: float | None
     compatibility: CompatibilityName | None
     priority: int | None
+
+
+class ForwardOptions(RetrievalOptions, total=False):
+    """Everything that Forward can be told beside its input, by Hugging Face's names.
+
+    `outputs` are fields of ForwardOutputs, and then nothing else is returned.
+    """
+
+    model_class: Literal["RAG_MODEL", "RAG_SEQUENCE", "RAG_TOKEN"] | None
+    decoder_input_ids: npt.NDArray[np.integer[Any]] | None
+    decoder_attention_mask: npt.NDArray[np.integer[Any]] | None
+    labels: npt.NDArray[np.integer[Any]] | None
+    exclude_bos_score: bool | None
+    reduce_loss: bool | None
+    label_smoothing: float | None
+    do_marginalize: bool | None
+    use_cache: bool | None
+    past_key_values: str | None
+    output_attentions: bool | None
+    output_hidden_states: bool | None
+    output_retrieved: bool | None
+    outputs: Sequence[str] | None
 
 
 class RetrieveOptions(TypedDict, total=False):

@@ -264,6 +264,48 @@ class Scores:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderOutputs:
+    """Contexts that the caller encoded: floats [batch * n_docs, length, d_model], the mask of their tokens, and scores.
+
+    doc_scores are floats [batch, n_docs]; no mask attends everything.
+    """
+
+    last_hidden_state: npt.NDArray[np.floating[Any]]
+    doc_scores: npt.NDArray[np.floating[Any]]
+    context_attention_mask: npt.NDArray[np.integer[Any]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutputs:
+    """A forward pass by Hugging Face's names: None, "" and () are what was not asked for or does not apply.
+
+    Shapes are those of rag.generator.v1's ForwardOutputs; hidden states and attentions have one array a layer.
+    """
+
+    n_docs: int
+    checkpoint_digest: str
+    index_generation: int
+    past_key_values_expires_s: float
+    past_key_values: str = ""
+    loss: FloatArray | None = None
+    logits: FloatArray | None = None
+    doc_scores: FloatArray | None = None
+    retrieved_doc_embeds: FloatArray | None = None
+    retrieved_doc_ids: IntArray | None = None
+    context_input_ids: IntArray | None = None
+    context_attention_mask: IntArray | None = None
+    question_encoder_last_hidden_state: FloatArray | None = None
+    question_enc_hidden_states: tuple[FloatArray, ...] = ()
+    question_enc_attentions: tuple[FloatArray, ...] = ()
+    generator_enc_last_hidden_state: FloatArray | None = None
+    generator_enc_hidden_states: tuple[FloatArray, ...] = ()
+    generator_enc_attentions: tuple[FloatArray, ...] = ()
+    generator_dec_hidden_states: tuple[FloatArray, ...] = ()
+    generator_dec_attentions: tuple[FloatArray, ...] = ()
+    generator_cross_attentions: tuple[FloatArray, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Retrieval:
     """The documents of a batch and the generator's input made of them; None is what was not asked for.
 

@@ -24,6 +24,7 @@ from generator_service.engine.messages import (
     ScoreTarget,
     Work,
 )
+from generator_service.engine.pass_messages import Pass, PassDone, ReleasePast
 from generator_service.engine.worker import OnProgress, Worker
 from generator_service.engine.worker_options import WorkerOptions
 from generator_service.errors import QueueFullError, WorkerLostError
@@ -118,9 +119,31 @@ class AsyncEngine:
         worker = self._least_busy()
         return await gather_or_cancel([self._submit(work, worker=worker) for work in works])
 
+    async def run_pass(self, work: Pass, worker: int | None = None) -> tuple[PassDone, int]:
+        """One forward pass, on a worker by its number where it continues what that one holds; and whose it was."""
+        if worker is None:
+            report, chosen = await self._submit_anywhere(work)
+        else:
+            chosen = self.workers[worker]
+            report = await self._submit_to(chosen, work, None)
+        assert isinstance(report, PassDone)
+        return report, self.workers.index(chosen)
+
+    async def release_past(self, past_key_values: str, worker: int) -> None:
+        """Free what a pass left on a worker."""
+        holder = self.workers[worker]
+        command = ReleasePast(request_id=holder.next_id(), past_key_values=past_key_values)
+        await holder.submit(command)
+
     async def _submit(
         self, work: Work, on_progress: OnProgress | None = None, worker: Worker | None = None
     ) -> object:
+        report, _ = await self._submit_anywhere(work, on_progress, worker)
+        return report
+
+    async def _submit_anywhere(
+        self, work: Work, on_progress: OnProgress | None = None, worker: Worker | None = None
+    ) -> tuple[object, Worker]:
         """Answers once; work of a worker that dies goes to another one, once, unless a part of the answer is out."""
         worker, begun = worker or self._least_busy(), False
 
@@ -138,9 +161,10 @@ class AsyncEngine:
             if begun or not others:
                 raise
             self.num_retried += 1
-            report = await self._submit_to(min(others, key=lambda w: w.num_pending), work, listener)
+            worker = min(others, key=lambda w: w.num_pending)
+            report = await self._submit_to(worker, work, listener)
         self._rate.count(time.monotonic())
-        return report
+        return report, worker
 
     def _least_busy(self) -> Worker:
         usable = [worker for worker in self.workers if worker.ready is not None]

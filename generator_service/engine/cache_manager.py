@@ -16,7 +16,8 @@ class CacheManager:
 
     def required_bytes(self, request: Request) -> int:
         """What the request holds at its longest."""
-        return sum(request.context_lengths) * self._context_token + request.max_slots * self._slot
+        own = sum(request.context_lengths) * self._context_token + request.max_slots * self._slot
+        return own + request.pass_bytes
 
     def can_ever_fit(self, request: Request) -> bool:
         """Whether an empty device would take it."""

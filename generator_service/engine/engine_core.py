@@ -9,6 +9,8 @@ from collections import defaultdict
 from generator_service.engine.cache_manager import CacheManager
 from generator_service.engine.messages import Encoded, Failed, Generated, Report, Scored, Stats, Work
 from generator_service.engine.model_runner import DeviceMemoryError, ModelRunner, StepOutcome
+from generator_service.engine.pass_messages import ForwardPass, QuestionPass, ReleasePast
+from generator_service.engine.pass_runner import PassRefusedError
 from generator_service.engine.request import Request, RequestState
 from generator_service.engine.scheduler import Schedule, Scheduler, SchedulerLimits
 
@@ -38,15 +40,32 @@ class EngineCore:
     def add_request(self, work: Work) -> Failed | None:
         """Queue a request; one that an empty device could not hold is refused at once, with the numbers."""
         request = Request(work)
+        if isinstance(work, QuestionPass | ForwardPass):
+            try:
+                request.pass_bytes = self._runner.passes.required_bytes(work)
+            except PassRefusedError as error:
+                return _refused(work.request_id, error)
         if not self._cache.can_ever_fit(request):
             needed, budget = self._cache.required_bytes(request), self._cache.budget_bytes
+            field = "input" if request.pass_bytes else "generation_config"
             message = (
-                f"the question needs {needed} bytes of cache on the device, which has {budget} in all: ask with fewer"
+                f"it needs {needed} bytes of cache on the device, which has {budget} in all: ask with fewer"
                 " documents, beams or tokens"
             )
-            return Failed(request_id=work.request_id, status="INVALID_ARGUMENT", message=message)
+            return Failed(request_id=work.request_id, status="INVALID_ARGUMENT", message=message, field=field)
         self._scheduler.add_request(request)
         return None
+
+    def release_past(self, command: ReleasePast) -> Report:
+        """Free the keys and values that a forward pass left."""
+        try:
+            return self._runner.passes.release(command)
+        except PassRefusedError as error:
+            return _refused(command.request_id, error)
+
+    def expire_past(self) -> None:
+        """Free those that nobody has used for too long."""
+        self._runner.passes.expire()
 
     def abort(self, request_id: int) -> None:
         """The caller has gone; the request's rows are free before the next step."""
@@ -123,6 +142,14 @@ class EngineCore:
         for request, score in outcome.scored:
             self._scheduler.finish(request, RequestState.FINISHED_ANSWERED)
             reports.append(Scored(request_id=request.request_id, score=score))
+        for request, passed in outcome.passed:
+            state = RequestState.FINISHED_ANSWERED
+            if isinstance(passed, PassRefusedError):
+                state = RequestState.FINISHED_FAILED
+                reports.append(_refused(request.request_id, passed))
+            else:
+                reports.append(passed)
+            self._scheduler.finish(request, state)
         return reports
 
     def _shed(self, schedule: Schedule) -> list[Report]:
@@ -141,3 +168,7 @@ class EngineCore:
             self._scheduler.finish(request, RequestState.FINISHED_FAILED)
             reports.append(Failed(request_id=request.request_id, status=status, message=message))
         return reports
+
+
+def _refused(request_id: int, error: PassRefusedError) -> Failed:
+    return Failed(request_id=request_id, status=error.status, message=error.message, field=error.field)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from generator_service.engine.pass_messages import ForwardPass, PassDone, QuestionPass, ReleasePast
 from generator_service.types import (
     Compatibility,
     GenerationSettings,
@@ -132,11 +133,12 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True, tag="scored"):
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
-    """A request that got no answer: status and reason as in rag_serving.errors."""
+    """A request that got no answer: status and reason as in rag_serving.errors; field is what was wrong, if any."""
 
     request_id: int
     status: str
     message: str
+    field: str = "generation_config"
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
@@ -152,9 +154,9 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     tokens: int
 
 
-Work = EncodeQuestion | GenerateAnswer | ScoreTarget
-Command = Work | Abort | Shutdown
-Report = Ready | StartFailed | Encoded | Progress | Generated | Scored | Failed | Stats
+Work = EncodeQuestion | GenerateAnswer | ScoreTarget | QuestionPass | ForwardPass
+Command = Work | ReleasePast | Abort | Shutdown
+Report = Ready | StartFailed | Encoded | Progress | Generated | Scored | PassDone | Failed | Stats
 
 _encoder = msgspec.msgpack.Encoder()
 _commands: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
@@ -14,6 +15,8 @@ from torch import Tensor
 from generator_service.decoding import marginalize
 from generator_service.engine import scoring, tracing
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, Progress, ScoreTarget
+from generator_service.engine.pass_messages import ForwardPass, PassDone, QuestionPass
+from generator_service.engine.pass_runner import PassRefusedError, PassRunner
 from generator_service.engine.request import Request
 from generator_service.engine.scheduler import Schedule
 from generator_service.engine.search import FoundHypothesis, PoolKey, Search
@@ -38,6 +41,7 @@ class StepOutcome:
     progress: list[Progress] = field(default_factory=list)
     answered: list[tuple[Request, list[Hypothesis]]] = field(default_factory=list)
     scored: list[tuple[Request, QuestionScore]] = field(default_factory=list)
+    passed: list[tuple[Request, PassDone | PassRefusedError]] = field(default_factory=list)
     tokens: int = 0
     part_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -55,9 +59,14 @@ class ModelRunner:
     """Owns the models and everything on the device."""
 
     def __init__(
-        self, backbone: Backbone, question_encoder: QuestionEncoder | None, device: torch.device
+        self,
+        backbone: Backbone,
+        question_encoder: QuestionEncoder | None,
+        device: torch.device,
+        passes: PassRunner | None = None,
     ) -> None:
         self.backbone, self.question_encoder, self.device = backbone, question_encoder, device
+        self._passes, self._waiting_passes = passes, deque[Request]()
         self._pools: dict[PoolKey, SearchPool] = {}
         self._questions: dict[int, _Question] = {}
         self._candidates: list[scoring.CandidateScoring] = []
@@ -87,13 +96,17 @@ class ModelRunner:
             self.forget(request.request_id)
         started = time.perf_counter()
         self._encode_questions(schedule.encode, outcome)
-        self._admit(schedule.admit)
+        is_pass = [isinstance(r.work, QuestionPass | ForwardPass) for r in schedule.admit]
+        self._waiting_passes.extend(itertools.compress(schedule.admit, is_pass))
+        self._admit([r for r, passes in zip(schedule.admit, is_pass, strict=True) if not passes])
         outcome.part_s["encode"] += time.perf_counter() - started
         self._decode(outcome)
+        self._run_pass(outcome)
         return outcome
 
     def forget(self, request_id: int) -> None:
         """Free all rows and contexts of a request, wherever it stands."""
+        self._waiting_passes = deque(r for r in self._waiting_passes if r.request_id != request_id)
         if self._questions.pop(request_id, None) is None:
             return
         for pool in self._pools.values():
@@ -102,6 +115,25 @@ class ModelRunner:
         self._candidates = [c for c in self._candidates if c.request.request_id != request_id]
         self._targets = [t for t in self._targets if t.request.request_id != request_id]
         self._tracings = [t for t in self._tracings if t.request.request_id != request_id]
+
+    @property
+    def passes(self) -> PassRunner:
+        """What runs forward passes."""
+        assert self._passes is not None, "made without"
+        return self._passes
+
+    def _run_pass(self, outcome: StepOutcome) -> None:
+        """One a step, so that those who decode go on in between; one that fails takes nobody with it."""
+        if not self._waiting_passes:
+            return
+        started = time.perf_counter()
+        request = self._waiting_passes.popleft()
+        assert isinstance(request.work, QuestionPass | ForwardPass)
+        try:
+            outcome.passed.append((request, self.passes.run(request.work)))
+        except PassRefusedError as error:
+            outcome.passed.append((request, error))
+        outcome.part_s["forward"] += time.perf_counter() - started
 
     # --- joining
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, ScoreTarget, Work
+from generator_service.engine.pass_messages import ForwardPass, QuestionPass
 from generator_service.types import Compatibility, Strategy
 
 
@@ -32,6 +33,7 @@ class Request:
     reserved_bytes: int = 0
     first_token_s: float | None = None
     num_streamed: int = 0  # tokens of its answer that the caller has, should it begin anew
+    pass_bytes: int = 0  # of a forward pass, as its runner knows them
     times_passed: int = 0  # requests behind it in the queue that were admitted because it did not fit
 
     @property
@@ -62,7 +64,7 @@ class Request:
                 return len(self.work.contexts) * max(self.work.settings.num_beams, self.num_chains)
             case ScoreTarget():
                 return len(self.work.contexts) * len(self.work.labels)
-            case EncodeQuestion():
+            case EncodeQuestion() | QuestionPass() | ForwardPass():
                 return 0
 
     @property
@@ -80,7 +82,7 @@ class Request:
     @property
     def context_lengths(self) -> list[int]:
         """Tokens of every context that is encoded for it."""
-        if isinstance(self.work, EncodeQuestion):
+        if isinstance(self.work, EncodeQuestion | QuestionPass | ForwardPass):
             return []
         lengths = [len(c) for c in self.work.contexts]
         if self.attends_pads:
@@ -114,5 +116,5 @@ class Request:
                 return (search + scoring) * len(self.work.contexts)
             case ScoreTarget():
                 return len(self.work.labels) * len(self.work.contexts)
-            case EncodeQuestion():
+            case EncodeQuestion() | QuestionPass() | ForwardPass():
                 return 0

@@ -24,6 +24,7 @@ from generator_service.engine.messages import (
     Stats,
     Work,
 )
+from generator_service.engine.pass_messages import ReleasePast
 from generator_service.engine.worker_options import WorkerOptions
 from generator_service.errors import WorkerLostError, error_of
 from rag_serving.errors import StartupError
@@ -81,7 +82,7 @@ class Worker:
         self._supervisor = asyncio.create_task(self._supervise(reader))
         return ready
 
-    async def submit(self, work: Work, on_progress: OnProgress | None = None) -> Report:
+    async def submit(self, work: Work | ReleasePast, on_progress: OnProgress | None = None) -> Report:
         """Send a request and wait for its answer; cancelling the wait aborts it in the worker.
 
         on_progress is told what is certain on the way there; it must not block.

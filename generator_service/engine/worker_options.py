@@ -20,6 +20,10 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     log_level: str
     log_format: str
     batching: Batching = Batching.CONTINUOUS
+    max_forward_bytes: int = 256 << 20
+    max_past_key_values: int = 64
+    past_key_values_bytes: int = 256 << 20
+    past_key_values_expires_s: float = 60.0
 
     def to_json(self) -> str:
         """As text."""

@@ -30,6 +30,9 @@ from generator_service.engine.messages import (
     StartFailed,
 )
 from generator_service.engine.model_runner import ModelRunner
+from generator_service.engine.pass_messages import ReleasePast
+from generator_service.engine.pass_runner import PassRunner
+from generator_service.engine.past_store import PastStore
 from generator_service.engine.scheduler import SchedulerLimits
 from generator_service.engine.worker_options import WorkerOptions
 from generator_service.model.loader import LoadedModel, load
@@ -73,7 +76,17 @@ class WorkerProcess:
             max_context_tokens=options.max_context_tokens,
             batching=options.batching,
         )
-        runner = ModelRunner(loaded.backbone, loaded.question_encoder, device)
+        passes = PassRunner(
+            loaded.generator,
+            loaded.question_encoder,
+            PastStore(
+                max_handles=options.max_past_key_values,
+                max_bytes=options.past_key_values_bytes,
+                expires_s=options.past_key_values_expires_s,
+            ),
+            max_output_bytes=options.max_forward_bytes,
+        )
+        runner = ModelRunner(loaded.backbone, loaded.question_encoder, device, passes)
         core = EngineCore(runner, cache_budget_bytes=budget, limits=limits)
         started = time.perf_counter()
         _warm_up(core, loaded)
@@ -99,6 +112,7 @@ class WorkerProcess:
             now_s = time.monotonic()
             if now_s - beat_s >= self._options.heartbeat_s:
                 self._send(core.stats())
+                core.expire_past()
                 beat_s = now_s
             for command in self._pending(block=not core.has_work()):
                 match command:
@@ -106,6 +120,8 @@ class WorkerProcess:
                         return
                     case Abort():
                         core.abort(command.request_id)
+                    case ReleasePast():
+                        self._send(core.release_past(command))
                     case _:
                         refused = core.add_request(command)
                         if refused is not None:

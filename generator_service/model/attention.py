@@ -87,13 +87,23 @@ def ancestry_mask(ancestry: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def concatenated(*linears: torch.nn.Linear) -> torch.nn.Linear:
-    """One linear layer that computes several of the same input side by side."""
+    """One linear layer that computes several of the same input side by side.
+
+    The layers' own parameters become views of its own: whoever runs them still holds no second copy.
+    """
     weight = torch.cat([linear.weight.detach() for linear in linears])
     merged = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=linears[0].bias is not None)
     merged.weight = torch.nn.Parameter(weight, requires_grad=False)
     if linears[0].bias is not None:
         bias = torch.cat([linear.bias.detach() for linear in linears])
         merged.bias = torch.nn.Parameter(bias, requires_grad=False)
+    start = 0
+    for linear in linears:
+        part = slice(start, start + linear.weight.shape[0])
+        linear.weight = torch.nn.Parameter(merged.weight.detach()[part], requires_grad=False)
+        if linear.bias is not None:
+            linear.bias = torch.nn.Parameter(merged.bias.detach()[part], requires_grad=False)
+        start = part.stop
     return merged
 
 

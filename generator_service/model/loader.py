@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, RagModel
 
 from generator_service.model.backbone import Backbone
 from generator_service.model.bart import BartBackbone
+from generator_service.model.forward_modules import GeneratorModule
 from generator_service.model.general import GeneralBackbone
 from generator_service.model.question_encoder import QuestionEncoder
 from generator_service.model.t5 import T5Backbone
@@ -30,6 +31,7 @@ class LoadedModel:
     question_encoder: QuestionEncoder | None
     num_parameters: int
     dtype: str
+    generator: GeneratorModule
 
 
 def load(source: ModelSource, device: torch.device) -> LoadedModel:
@@ -48,7 +50,8 @@ def load(source: ModelSource, device: torch.device) -> LoadedModel:
         question_encoder = QuestionEncoder(
             encoder, pooling=source.pooling, normalize=source.normalize, score_scale=source.score_scale
         )
-    return LoadedModel(as_backbone(generator, source.decoder), question_encoder, count, source.dtype)
+    backbone = as_backbone(generator, source.decoder)
+    return LoadedModel(backbone, question_encoder, count, source.dtype, GeneratorModule(generator))
 
 
 def as_backbone(generator: Any, decoder: str = "auto") -> Backbone:
@@ -57,7 +60,7 @@ def as_backbone(generator: Any, decoder: str = "auto") -> Backbone:
     family = _BACKBONES.get(generator.config.model_type)
     if decoder == "general" or family is None:
         return GeneralBackbone(generator)
-    with torch.inference_mode():
+    with torch.no_grad():
         return family(generator).eval()
 
 

@@ -40,7 +40,16 @@ class QuestionEncoder:
         pad = int(getattr(self._model.config, "pad_token_id", None) or 0)
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(device)
         mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True).to(device)
-        hidden = self._pooled(self._model(input_ids=ids, attention_mask=mask), mask)
+        return self.vectors(self._model(input_ids=ids, attention_mask=mask), mask)
+
+    @property
+    def module(self) -> Any:
+        """transformers' own module."""
+        return self._model
+
+    def vectors(self, outputs: Any, mask: Tensor) -> Tensor:
+        """The module's outputs -> [batch, dim], pooled, normalised and scaled."""
+        hidden = self._pooled(outputs, mask)
         if self._normalize:
             hidden = F.normalize(hidden, dim=-1)
         return hidden * self._score_scale
