@@ -12,29 +12,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from demo.build_index import DemoError, prepare
-from demo.evaluation import exact_match, f1
+from demo.calibration_report import write_report
 from demo.invented import Verdict, ask_about_invented
 from demo.pair import Pair
 from demo.settings import EvaluateSettings, demo_settings
-from rag_client import Answer, AsyncRagClient, RagClientError, Strategy
+from rag_client import Answer, RagClientError, Strategy
+from rag_client import evaluate as evaluate_pair
+from rag_client.evaluate import Calibrations
+from rag_client.evaluation_views import calibration_table
+from rag_client.options import GenerateOptions
+from rag_client.question_file import Question, QuestionFileError, read_questions
 
 _SAMPLE = 40
 _SEED = 7
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question with its accepted answers, the key of the passage that holds it, and its split."""
-
-    id: str
-    question: str
-    answers: list[str]
-    key: str
-    split: str
 
 
 @dataclass(frozen=True)
@@ -50,31 +44,41 @@ class Row:
 
 
 def evaluate(settings: EvaluateSettings, console: Console) -> None:
-    """Asks, counts, prints, and writes the file where one is named. Raises DemoError or RagClientError."""
+    """Asks, counts, prints, and writes what files are named. Raises QuestionFileError, DemoError or RagClientError."""
     questions = read_questions(settings.questions)
     if settings.quick:
         questions = random.Random(_SEED).sample(questions, min(_SAMPLE, len(questions)))
     prepare(settings, console)
     rows: list[Row] = []
     seconds: dict[str, float] = {}
+    found: dict[str, Calibrations] = {}
+    n_docs = 0
     with running_generator(settings, console) as generator:
         for strategy in Strategy:
             began = time.monotonic()
-            answers = asyncio.run(ask_all(generator, questions, strategy, settings, console))
+            answers = ask_all(generator, questions, strategy, settings, console)
             seconds[strategy.value] = time.monotonic() - began
             rows += figures(strategy, questions, answers)
+            found[strategy.value] = evaluate_pair.calibrations(questions, answers)
+            n_docs = max(answer.n_docs for answer in answers)
         console.print("asking about invented countries, added to the corpus", highlight=False)
         verdicts = ask_about_invented(generator, settings, settings.num_beams)
     console.print(figures_table(rows, seconds), invented_table(verdicts))
+    for name, both in found.items():
+        console.print(
+            calibration_table(f"{name}: does a document with posterior p hold the answer?", both.documents)
+        )
+        console.print(calibration_table(f"{name}: is an answer with confidence p right?", both.answers))
+    if settings.report_folder:
+        write_report(
+            Path(settings.report_folder),
+            found,
+            questions=len(questions),
+            num_beams=settings.num_beams,
+            n_docs=n_docs,
+        )
     if settings.json_file:
         write_figures(Path(settings.json_file), settings, rows, verdicts)
-
-
-def read_questions(path: Path) -> list[Question]:
-    """Reads a line a question. Raises DemoError where there is no such file."""
-    if not path.is_file():
-        raise DemoError(f"there is no file of questions {path}")
-    return [Question(**json.loads(line)) for line in path.read_text("utf-8").splitlines() if line]
 
 
 @contextlib.contextmanager
@@ -92,7 +96,7 @@ def running_generator(settings: EvaluateSettings, console: Console) -> Iterator[
         yield pair.generator.grpc
 
 
-async def ask_all(
+def ask_all(
     generator: str,
     questions: Sequence[Question],
     strategy: Strategy,
@@ -100,32 +104,23 @@ async def ask_all(
     console: Console,
 ) -> list[Answer]:
     """Asks in batches, a few at once, with progress shown; answers come in the order of the questions."""
-    slots = asyncio.Semaphore(settings.concurrency)
-    batches = [
-        questions[start : start + settings.batch_size]
-        for start in range(0, len(questions), settings.batch_size)
-    ]
-    async with AsyncRagClient(generator, timeout_s=settings.start_timeout_s) as client:
-
-        async def ask(batch: Sequence[Question]) -> list[Answer]:
-            async with slots:
-                generation = await client.generate(
-                    [one.question for one in batch],
-                    strategy=strategy,
-                    n_docs=settings.n_docs or None,
-                    num_beams=settings.num_beams,
-                    include_documents=True,
-                )
-            return generation.answers
-
-        asked = [asyncio.create_task(ask(batch)) for batch in batches]
-        try:
-            for done in track(asyncio.as_completed(asked), strategy.value, len(asked), console=console):
-                await done
-        finally:
-            for task in asked:
-                task.cancel()
-    return [answer for task in asked for answer in task.result()]
+    options: GenerateOptions = {
+        "strategy": strategy,
+        "n_docs": settings.n_docs or None,
+        "num_beams": settings.num_beams,
+    }
+    with Progress(console=console) as progress:
+        task = progress.add_task(strategy.value, total=len(questions))
+        work = evaluate_pair.ask_all(
+            generator,
+            questions,
+            options,
+            batch_size=settings.batch_size,
+            concurrency=settings.concurrency,
+            timeout_s=settings.start_timeout_s,
+            asked=lambda count: progress.advance(task, count),
+        )
+        return asyncio.run(work)
 
 
 def figures(strategy: Strategy, questions: Sequence[Question], answers: Sequence[Answer]) -> list[Row]:
@@ -133,20 +128,16 @@ def figures(strategy: Strategy, questions: Sequence[Question], answers: Sequence
     splits = sorted({one.split for one in questions})
     rows = []
     for split in [*splits, "all"]:
-        chosen = [
-            (one, answer)
-            for one, answer in zip(questions, answers, strict=True)
-            if split in {one.split, "all"}
-        ]
-        hits = [any(document.key == one.key for document in answer.documents) for one, answer in chosen]
+        chosen = [pair for pair in zip(questions, answers, strict=True) if split in {pair[0].split, "all"}]
+        counted = evaluate_pair.figures([one for one, _ in chosen], [answer for _, answer in chosen])
         rows.append(
             Row(
                 strategy.value,
                 split,
-                len(chosen),
-                exact_match=_mean([exact_match(answer.text, one.answers) for one, answer in chosen]),
-                f1=_mean([f1(answer.text, one.answers) for one, answer in chosen]),
-                recall=_mean(hits),
+                counted.questions,
+                exact_match=counted.exact_match,
+                f1=counted.f1,
+                recall=counted.recall,
             )
         )
     return rows
@@ -194,10 +185,6 @@ def write_figures(
     path.write_text(json.dumps(measured, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
 def main() -> None:
     """The command: python -m demo.evaluate."""
     settings = demo_settings(EvaluateSettings, "demo.evaluate")
@@ -208,7 +195,7 @@ def main() -> None:
         evaluate(settings, console)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (DemoError, RagClientError) as error:
+    except (DemoError, QuestionFileError, RagClientError) as error:
         console.print(f"demo.evaluate: {error}", style="red", markup=False, highlight=False)
         sys.exit(1)
 

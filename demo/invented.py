@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from demo.build_index import build_index
-from demo.evaluation import exact_match
 from demo.pair import ServiceProcess, retriever_process, wait_ready
 from demo.settings import DemoSettings
 from rag_client import RagClient
+from rag_client.evaluation import exact_match
 
 
 @dataclass(frozen=True)

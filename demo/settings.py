@@ -70,6 +70,7 @@ class EvaluateSettings(DemoSettings):
     batch_size: int = Field(8, ge=1, description="questions of a request")
     concurrency: int = Field(4, ge=1, description="requests at once")
     quick: bool = Field(False, description="ask a sample of 40 questions (QUICK=1)")
+    report_folder: str = Field("", description="folder that calibration.md and its plots go to")
     json_file: str = Field("", description="file that the figures go to (JSON=file)")
 
 

@@ -1,21 +1,25 @@
-"""The `rag` command: ask, retrieve, score, status."""
+"""The `rag` command: ask, explain, retrieve, score, eval, status."""
 
+import asyncio
 import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
-from rag_client import views
+from rag_client import evaluate, evaluation_views, provenance_views, views
 from rag_client.aio import GENERATOR_SERVICE, RETRIEVER_SERVICE
 from rag_client.client import RagClient
 from rag_client.errors import RagClientError, TimedOutError, UnreachableError
 from rag_client.options import GenerateOptions
+from rag_client.question_file import QuestionFileError, read_questions
 from rag_client.settings import ClientSettings, client_settings
 from rag_client.types import AnswerPiece, Generation, Health, Strategy
 
@@ -53,6 +57,12 @@ def ask(
     n_docs: NDocs = None,
     num_beams: Annotated[int, typer.Option("--num-beams", help="Beams; 1 is greedy search.")] = 4,
     answers: Annotated[int, typer.Option("--answers", help="Answers shown, at most num_beams.")] = 3,
+    abstain_below: Annotated[
+        float, typer.Option("--abstain-below", help="No answer whose probability is below this, 0 to 1.")
+    ] = 0.0,
+    provenance: Annotated[
+        bool, typer.Option("--provenance/--no-provenance", help="Colour each word by its document.")
+    ] = True,
     stream: Annotated[
         bool, typer.Option("--stream", help="Show a RAG-Token answer as it becomes certain; JSON in lines.")
     ] = False,
@@ -67,6 +77,8 @@ def ask(
         "num_beams": num_beams,
         "num_return_sequences": min(answers, num_beams),
         "include_documents": True,
+        "include_provenance": provenance,
+        "abstain_below": abstain_below or None,
     }
     with _client(settings) as client:
         if stream:
@@ -77,6 +89,89 @@ def ask(
         _print_json(generation)
     else:
         Console().print(views.answer_view(generation, generation.answers[0]))
+
+
+@app.command()
+def explain(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    answer: Annotated[
+        str | None, typer.Argument(help="An answer of yours; the best generated one if left out.")
+    ] = None,
+    generator: Generator = None,
+    strategy: StrategyOption = None,
+    n_docs: NDocs = None,
+    num_beams: Annotated[int, typer.Option("--num-beams", help="Beams; 1 is greedy search.")] = 4,
+    as_json: Json = False,
+    timeout_s: Timeout = None,
+) -> None:
+    """Show what an answer owes to each document: its log p without it, and what would be answered then."""
+    settings = client_settings(generator=generator, timeout_s=timeout_s)
+    with _client(settings) as client:
+        found = client.explain(
+            question, answer, strategy=strategy, n_docs=n_docs, num_beams=num_beams, include_documents=True
+        )
+    if as_json:
+        _print_json(found)
+    else:
+        Console().print(provenance_views.explanation_view(found.explanations[0]))
+
+
+@app.command(name="eval")
+def evaluate_file(
+    file: Annotated[
+        Path, typer.Argument(help='A line a question: {"question": …, "answers": […], "key": …}.')
+    ],
+    generator: Generator = None,
+    strategy: StrategyOption = None,
+    n_docs: NDocs = None,
+    num_beams: Annotated[int, typer.Option("--num-beams", min=1, help="Beams; 1 is greedy search.")] = 4,
+    abstain_below: Annotated[
+        float, typer.Option("--abstain-below", help="No answer whose probability is below this, 0 to 1.")
+    ] = 0.0,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions of a request.")] = 8,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests at once.")] = 4,
+    as_json: Json = False,
+    timeout_s: Timeout = None,
+) -> None:
+    """Ask a file of questions: exact match, F1, recall of the n_docs, calibration."""
+    settings = client_settings(generator=generator, timeout_s=timeout_s)
+    try:
+        questions = read_questions(file)
+    except QuestionFileError as error:
+        typer.echo(f"rag: {error}", err=True)
+        raise typer.Exit(2) from error
+    options: GenerateOptions = {
+        "strategy": strategy,
+        "n_docs": n_docs,
+        "num_beams": num_beams,
+        "abstain_below": abstain_below or None,
+    }
+    with (
+        _client(settings),
+        Progress(console=Console(stderr=True), transient=True, disable=as_json) as progress,
+    ):
+        task = progress.add_task("asking", total=len(questions))
+        answers = asyncio.run(
+            evaluate.ask_all(
+                settings.generator,
+                questions,
+                options,
+                batch_size=batch_size,
+                concurrency=concurrency,
+                timeout_s=settings.timeout_s,
+                asked=lambda count: progress.advance(task, count),
+            )
+        )
+    figures = evaluate.figures(questions, answers)
+    calibrations = evaluate.calibrations(questions, answers)
+    if as_json:
+        told = [
+            {"question": one.question, "answer": answer.text, "confidence": answer.confidence}
+            for one, answer in zip(questions, answers, strict=True)
+        ]
+        _print_json({"figures": figures, "calibration": calibrations, "answers": told})
+    else:
+        Console().print(evaluation_views.evaluation_view(figures, calibrations))
 
 
 @app.command()

@@ -7,6 +7,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from rag_client import bars, provenance_views
 from rag_client.types import (
     Answer,
     AnswerSpan,
@@ -19,21 +20,27 @@ from rag_client.types import (
     RetrievedDocument,
 )
 
-_BAR_CELLS = 10
 _EXCERPT_CHARS = 60
-_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def answer_view(generation: Generation, answer: Answer) -> RenderableType:
     """The answer with its log-probability, where it stands, the documents behind it and the runners-up."""
     parts: list[RenderableType] = []
-    if not answer.hypotheses:
+    if answer.abstained:
+        unsure = Text("no answer", style="bold yellow")
+        unsure.append(f"   the best one has only p = {answer.confidence:.1%}", style="default not bold")
+        parts.append(unsure)
+    elif not answer.hypotheses:
         parts.append(Text("no answer", style="bold yellow"))
     else:
         best = answer.best
         headline = Text(best.answer or "(empty answer)", style="bold green")
-        headline.append(f"   log p = {best.log_likelihood:.3f}", style="default not bold")
+        headline.append(
+            f"   p = {best.probability:.1%}, log p = {best.log_likelihood:.3f}", style="default not bold"
+        )
         parts.append(headline)
+        if best.provenance is not None:
+            parts.append(Padding(provenance_views.coloured_tokens(best.provenance), (0, 0, 0, 2)))
         if best.span is not None and best.span.document < len(answer.documents):
             parts.append(Padding(_quote(best.span, answer.documents[best.span.document]), (0, 0, 0, 2)))
     if answer.documents:
@@ -55,10 +62,10 @@ def documents_table(documents: Sequence[RetrievedDocument], posterior: Sequence[
     for place, document in enumerate(documents):
         share = posterior[place] if place < len(posterior) else None
         table.add_row(
-            Text(document.title or document.key),
+            Text(document.title or document.key, style=provenance_views.colour(place)),
             f"{document.doc_score:.3f}",
-            share_bar(document.prior),
-            share_bar(share) if share is not None else "",
+            bars.share_bar(document.prior),
+            bars.share_bar(share) if share is not None else "",
         )
     return Padding(table, (0, 0, 0, 2))
 
@@ -102,14 +109,6 @@ def status_view(
     return Group(*parts)
 
 
-def share_bar(share: float) -> Text:
-    """A share of one as a bar of ten cells, and in percent."""
-    eighths = round(min(max(share, 0.0), 1.0) * _BAR_CELLS * 8)
-    full, rest = divmod(eighths, 8)
-    bar = "█" * full + (_EIGHTHS[rest] if rest else "")
-    return Text.assemble((bar.ljust(_BAR_CELLS), "cyan"), f" {share:6.1%}")
-
-
 def _fact(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={one}" for name, one in value.items())
@@ -140,9 +139,11 @@ def _quote(span: AnswerSpan, document: RetrievedDocument) -> Text:
 def _runners_up(hypotheses: Sequence[Hypothesis]) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("other answers")
+    table.add_column("p", justify="right")
     table.add_column("log p", justify="right")
     for one in hypotheses:
-        table.add_row(Text(one.answer or "(empty answer)"), f"{one.log_likelihood:.3f}")
+        text = Text(one.answer or "(empty answer)")
+        table.add_row(text, f"{one.probability:.1%}", f"{one.log_likelihood:.3f}")
     return Padding(table, (0, 0, 0, 2))
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer, RagTokenForGeneration
 
 from demo.assemble import ENCODER_DIR, assemble
-from demo.evaluation import exact_match, f1
 from demo.training.data.example import DOC_SEP, TITLE_SEP
+from rag_client.evaluation import exact_match, f1
 
 DEMO = Path(__file__).parents[1]
 MAX_LENGTH = 24

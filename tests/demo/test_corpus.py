@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from demo.evaluation import normalize_answer
 from demo.training.data.synthetic import MARK, read_tables
+from rag_client.evaluation import normalize_answer
 
 DEMO = Path(__file__).parents[2] / "demo"
 

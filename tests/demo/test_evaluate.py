@@ -2,18 +2,23 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
-from demo.evaluate import Question, figures, figures_table, invented_table, read_questions, write_figures
+from demo.calibration_report import reliability_plot, write_report
+from demo.evaluate import figures, figures_table, invented_table, write_figures
 from demo.invented import COUNTRIES, Verdict
 from demo.settings import EvaluateSettings
 from rag_client import Answer, AnswerSpan, Hypothesis, RetrievedDocument, Strategy
+from rag_client.calibration import calibration
+from rag_client.evaluate import Calibrations
+from rag_client.question_file import Question, read_questions
 
 QUESTIONS = [
-    Question("q1", "What is Peru's capital?", ["Lima"], "peru", "seen"),
-    Question("q2", "How high is Cuzco?", ["3,400 metres"], "peru", "unseen"),
-    Question("q3", "Who led Ghana?", ["Kwame Nkrumah"], "ghana", "unseen"),
+    Question("What is Peru's capital?", ["Lima"], ["peru"], "seen", "q1"),
+    Question("How high is Cuzco?", ["3,400 metres"], ["peru"], "unseen", "q2"),
+    Question("Who led Ghana?", ["Kwame Nkrumah"], ["ghana"], "unseen", "q3"),
 ]
 
 
@@ -68,3 +73,19 @@ def test_the_questions_of_the_repository_are_readable() -> None:
     questions = read_questions(EvaluateSettings().questions)
     assert len(questions) >= 200
     assert len({one.id for one in questions}) == len(questions)
+
+
+def test_the_report_shows_every_bin_and_both_errors(tmp_path: Path) -> None:
+    documents = calibration([0.95, 0.9, 0.05, 0.02], [True, False, False, False])
+    answers = calibration([0.55], [True])
+    both = Calibrations(documents, answers)
+    write_report(tmp_path, {"RAG_TOKEN": both}, questions=3, num_beams=4, n_docs=2)
+    text = (tmp_path / "calibration.md").read_text()
+    assert "its 3 questions with 4 beams, 2 documents" in text
+    assert "| 0.9 to 1.0 | 2 | 0.925 | 0.500 |" in text
+    assert f"error **{documents.expected_error:.3f}**" in text
+    assert "| 0.5 to 0.6 | 1 | 0.550 | 1.000 |" in text
+    drawn = ET.fromstring((tmp_path / "calibration-rag-token.svg").read_text())
+    circles = [one for one in drawn.iter() if one.tag.endswith("circle")]
+    assert len(circles) == len(documents.bins) + len(answers.bins)
+    assert reliability_plot(both) == (tmp_path / "calibration-rag-token.svg").read_text()

@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from rag.generator.v1 import generation_pb2, generator_service_pb2, generator_service_pb2_grpc
+from rag.generator.v1 import (
+    explanation_pb2,
+    generation_pb2,
+    generator_service_pb2,
+    generator_service_pb2_grpc,
+    provenance_pb2,
+)
 from rag.retriever.v1 import document_pb2, retriever_service_pb2, retriever_service_pb2_grpc
 from rag_client import GENERATOR_SERVICE, RETRIEVER_SERVICE
 from rag_serving import tensor_codec
@@ -20,6 +26,19 @@ from rag_serving.metrics import Metrics
 from rag_serving.server import GrpcServer
 
 TEXT = "Paris has been the capital of France for centuries."
+PROVENANCE = provenance_pb2.Provenance(
+    token_posterior=tensor_codec.encode(np.array([[0.75, 0.25], [0.5, 0.5]], np.float32)),
+    tokens=[
+        provenance_pb2.TokenSource(
+            token_id=7,
+            text="paris",
+            document=0,
+            probability=0.75,
+            span=provenance_pb2.TextSpan(start=0, end=5),
+        ),
+        provenance_pb2.TokenSource(token_id=3, document=0, probability=0.5),
+    ],
+)
 
 
 @dataclass
@@ -46,7 +65,9 @@ class FakeGenerator(generator_service_pb2_grpc.GeneratorServiceServicer):
             log_likelihood=-0.25,
             document_posterior=[0.75, 0.25],
             span=generation_pb2.AnswerSpan(document=0, start=0, end=5, text="Paris"),
+            provenance=PROVENANCE if request.include_provenance else None,
         )
+        abstained = request.abstain_below > 0.8
         other = generation_pb2.Hypothesis(token_ids=[2, 8, 3], text="lyon", log_likelihood=-4.0)
         documents = [
             generation_pb2.RetrievedDocument(
@@ -55,7 +76,11 @@ class FakeGenerator(generator_service_pb2_grpc.GeneratorServiceServicer):
             for row, (key, title) in enumerate([("fr", "France"), ("eu", "Europe [sic]")])
         ]
         answer = generation_pb2.Answer(
-            hypotheses=[best, other], documents=documents if request.include_documents else [], n_docs=2
+            hypotheses=[] if abstained else [best, other],
+            documents=documents if request.include_documents else [],
+            n_docs=2,
+            confidence=0.7788,
+            abstained=abstained,
         )
         return generator_service_pb2.GenerateResponse(
             answers=[answer] * max(len(request.question_texts.texts), 1),
@@ -81,6 +106,22 @@ class FakeGenerator(generator_service_pb2_grpc.GeneratorServiceServicer):
             yield generator_service_pb2.GenerateStreamResponse(piece=piece)
         response = await self.Generate(request.generate, context)
         yield generator_service_pb2.GenerateStreamResponse(response=response)
+
+    async def Explain(self, request: Any, context: Any) -> Any:
+        await self._heard(request)
+        response = await self.Generate(request.generate, context)
+        best, other = response.answers[0].hypotheses
+        best.provenance.CopyFrom(PROVENANCE)
+        left_out = [
+            explanation_pb2.LeftOut(
+                document=0, log_likelihood=-3.25, change=-3.0, answer=other, answer_differs=True
+            ),
+            explanation_pb2.LeftOut(document=1, log_likelihood=-0.125, change=0.125, answer=best),
+        ]
+        explanation = explanation_pb2.Explanation(
+            answer=best, left_out=left_out, documents=response.answers[0].documents, n_docs=2
+        )
+        return generator_service_pb2.ExplainResponse(explanations=[explanation], strategy=response.strategy)
 
     async def Score(self, request: Any, context: Any) -> Any:
         await self._heard(request)

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from rag_client import Provenance, TokenSource, provenance_views
 from rag_client.cli import app
 from rag_serving import errors
 from tests.rag_client.fake_pair import FakePair, serving_in_thread
@@ -32,7 +34,8 @@ def pair(running: FakePair, monkeypatch: pytest.MonkeyPatch) -> FakePair:
 def test_ask_prints_the_answer_its_probability_and_its_documents(pair: FakePair) -> None:
     result = runner.invoke(app, ["ask", "Which is the capital of France?", "--n-docs", "2"])
     assert result.exit_code == 0, result.output
-    assert "Paris   log p = -0.250" in result.output
+    assert "Paris   p = 77.9%, log p = -0.250" in result.output
+    assert "1.8%  -4.000" in result.output
     assert "Paris has been the capital of…  (France)" in result.output
     assert "75.0%" in result.output
     assert "Europe [sic]" in result.output
@@ -48,6 +51,47 @@ def test_ask_says_when_the_strategy_is_not_the_checkpoint_s(pair: FakePair) -> N
     result = runner.invoke(app, ["ask", "q", "--strategy", "RAG_SEQUENCE", "--num-beams", "1"])
     assert "RAG_SEQUENCE (not the checkpoint's own)" in result.output
     assert pair.generator.requests[0].generation_config.num_return_sequences == 1
+
+
+def test_ask_colours_words_by_document_unless_told_not_to(pair: FakePair) -> None:
+    result = runner.invoke(app, ["ask", "q"])
+    assert "  paris  " in result.output
+    assert pair.generator.requests[0].include_provenance
+    assert "  paris  " not in runner.invoke(app, ["ask", "q", "--no-provenance"]).output
+    line = provenance_views.coloured_tokens(
+        Provenance(np.zeros((2, 2), np.float32), [token("pa", 0, 0.75), token("ris", 1, 0.25)])
+    )
+    assert [(line.plain[s.start : s.end], str(s.style)) for s in line.spans] == [
+        ("pa", provenance_views.colour(0)),
+        ("ris", f"{provenance_views.colour(1)} dim"),
+    ]
+
+
+def token(text: str, document: int, probability: float) -> TokenSource:
+    return TokenSource(5, text, document, probability, None, 0, 1, 0.5)
+
+
+def test_ask_says_that_it_abstains_and_from_what(pair: FakePair) -> None:
+    result = runner.invoke(app, ["ask", "q", "--abstain-below", "0.9"])
+    assert result.exit_code == 0
+    assert "no answer   the best one has only p = 77.9%" in result.output
+    assert pair.generator.requests[0].abstain_below == 0.9
+
+
+def test_explain_shows_what_each_document_gives(pair: FakePair) -> None:
+    result = runner.invoke(app, ["explain", "q", "paris"])
+    assert result.exit_code == 0, result.output
+    request = pair.generator.requests[0]
+    assert list(request.target_texts.texts) == ["paris"]
+    assert request.generate.include_documents
+    assert [
+        line.split()[-3:] for line in result.output.splitlines() if "France" in line or "Europe" in line
+    ] == [
+        ["-3.250", "-3.000", "lyon"],
+        ["-0.125", "+0.125", "Paris"],
+    ]
+    found = json.loads(runner.invoke(app, ["explain", "q", "--json"]).output)
+    assert found["explanations"][0]["left_out"][0]["answer_differs"] is True
 
 
 def test_ask_prints_json(pair: FakePair) -> None:

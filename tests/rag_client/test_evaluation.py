@@ -2,7 +2,7 @@
 
 import pytest
 
-from demo.evaluation import exact_match, f1, normalize_answer
+from rag_client.evaluation import exact_match, f1, normalize_answer
 
 
 @pytest.mark.parametrize(
