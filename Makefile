@@ -9,15 +9,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_VERSION ?= 2.13.0
 TORCH_INDEX_URL ?=
-EXTRAS ?= cpu,demo,dev
+EXTRAS ?= cpu,demo,bench,dev
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 QUICK ?=
 JSON ?=
+PLOT ?=
 Q ?=
 
 comma := ,
 STAMPS := .make
+bench_flags = $(if $(QUICK),--quick) $(if $(JSON),--json "$(JSON)") $(BENCH_ARGS)
 VENV_STAMP := $(STAMPS)/venv-$(subst $(comma),-,$(EXTRAS))
 STUBS_STAMP := $(STAMPS)/stubs
 PROTOS := $(shell find proto -name '*.proto')
@@ -70,11 +72,23 @@ eval-demo: setup ## measure the demo through the running pair; all questions ren
 
 .PHONY: bench-engine
 bench-engine: setup ## the engine against Hugging Face (QUICK=1 the smaller part, JSON=file writes rows)
-	@$(BIN)/python -m bench.micro.engine $(if $(QUICK),--quick) $(if $(JSON),--json "$(JSON)") $(BENCH_ARGS)
+	@$(BIN)/python -m bench.micro.engine $(bench_flags)
 
 .PHONY: bench-retriever
 bench-retriever: setup ## the served retriever against faiss and RagRetriever (QUICK=1, JSON=file)
-	@$(BIN)/python -m bench.retriever $(if $(QUICK),--quick) $(if $(JSON),--json "$(JSON)") $(BENCH_ARGS)
+	@$(BIN)/python -m bench.retriever $(bench_flags)
+
+.PHONY: load
+load: setup ## latency under load, continuous beside gather-then-run batching (QUICK=1, JSON=file)
+	@$(BIN)/python -m bench.load.batching $(bench_flags)
+
+.PHONY: bench-served
+bench-served: setup ## the service beside its engine called in process (QUICK=1, JSON=file)
+	@$(BIN)/python -m bench.load.served $(bench_flags)
+
+.PHONY: bench-growth
+bench-growth: setup ## how cost grows with documents, beams and lengths (QUICK=1, JSON=file, PLOT=file.svg)
+	@$(BIN)/python -m bench.micro.growth $(if $(PLOT),--plot "$(PLOT)") $(bench_flags)
 
 .PHONY: lint
 lint: setup lint-python lint-proto lint-deploy ## all linters: ruff, mypy, import-linter, buf, hadolint, kubernetes-validate

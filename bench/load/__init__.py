@@ -1,0 +1,1 @@
+"""The pair under load: latency at a rate, and what serving costs."""
