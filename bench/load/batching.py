@@ -18,7 +18,7 @@ from rich.console import Console
 from bench.load import checkpoint, report
 from bench.load.arrivals import poisson
 from bench.load.driver import Driver, connect
-from bench.load.latency import Outcome, summarize
+from bench.load.latency import summarize
 from bench.load.questions import Mix, draw
 from bench.load.services import demo_retriever, flags_of_generator, generators
 from bench.machine import describe, num_cores
@@ -36,11 +36,10 @@ MakeRequests = Callable[[int, int], list[bytes]]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is asked: questions to measure capacity with, and slices of seconds at each load."""
+    """How much is asked: questions to measure capacity with, and seconds of arrivals at each load."""
 
     capacity_questions: int
-    slices: int
-    slice_s: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -68,84 +67,60 @@ class Row:
 async def measure(
     addresses: dict[Batching, str], make: MakeRequests, plan: Plan, workload: str, console: Console
 ) -> list[Row]:
-    """Capacity of both, then both at shares of continuous batching's, slice by slice, at the same moments."""
-    drivers = {}
+    """Capacity of both, then both at shares of continuous batching's; both at once, at the same moments."""
     async with AsyncExitStack() as stack:
-        for policy, address in addresses.items():
-            drivers[policy] = await stack.enter_async_context(connect(address))
-        capacity = {}
-        for policy, driver in drivers.items():
-            await _check(driver, make(min(CONCURRENCY, plan.capacity_questions), 0))  # warm up
-            requests = make(plan.capacity_questions, _CAPACITY_SEED)
-            capacity[policy] = len(requests) / await _check(driver, requests)
-            console.print(f"{policy.value}: {capacity[policy]:.2f} questions/s at {CONCURRENCY} concurrent")
+        drivers = {
+            policy: await stack.enter_async_context(connect(address)) for policy, address in addresses.items()
+        }
+        await _capacity(drivers, make(min(CONCURRENCY, plan.capacity_questions), 0))  # warm up
+        capacity = await _capacity(drivers, make(plan.capacity_questions, _CAPACITY_SEED))
+        for policy, qps in capacity.items():
+            console.print(f"{policy.value}: {qps:.2f} questions/s at {CONCURRENCY} concurrent")
         rows = []
         for load in LOADS:
             rate = load * capacity[Batching.CONTINUOUS]
-            rows += await _at_rate(drivers, make, plan, (workload, load, rate), capacity, console)
-    return rows
-
-
-async def _at_rate(
-    drivers: dict[Batching, Driver],
-    make: MakeRequests,
-    plan: Plan,
-    case: tuple[str, float, float],
-    capacity: dict[Batching, float],
-    console: Console,
-) -> list[Row]:
-    workload, load, rate = case
-    outcomes: dict[Batching, list[Outcome]] = {policy: [] for policy in drivers}
-    cpu_s = dict.fromkeys(drivers, 0.0)
-    wall_s = dict.fromkeys(drivers, 0.0)
-    for number in range(plan.slices):
-        due_s = poisson(rate, plan.slice_s, _ARRIVAL_SEED + number)
-        requests = make(len(due_s), _ARRIVAL_SEED + number)
-        for policy, driver in drivers.items():
+            due_s = poisson(rate, plan.seconds, _ARRIVAL_SEED)
+            requests = make(len(due_s), _ARRIVAL_SEED)
             began_s, began_cpu_s = time.perf_counter(), time.process_time()
-            outcomes[policy] += await driver.open_loop(requests, due_s)
-            cpu_s[policy] += time.process_time() - began_cpu_s
-            wall_s[policy] += time.perf_counter() - began_s
-            so_far = summarize(outcomes[policy])
-            console.print(
-                f"{policy.value} at {rate:.2f}/s, slice {number + 1}:"
-                f" p50 {so_far.p50_ms:.0f}, p99 {so_far.p99_ms:.0f} ms"
-            )
-    sums = {policy: summarize(found) for policy, found in outcomes.items()}
-    gather = sums[Batching.GATHER]
-    rows = []
-    for policy, found in sums.items():
-        ratios: tuple[float | None, float | None] = (None, None)
-        if policy is Batching.CONTINUOUS:
-            ratios = (found.p50_ms / gather.p50_ms, found.p99_ms / gather.p99_ms)
-        rows.append(
-            Row(
-                workload,
-                policy.value,
-                load,
-                rate,
-                capacity[policy],
-                found.sent,
-                found.answered,
-                found.errors,
-                found.p50_ms,
-                found.p90_ms,
-                found.p99_ms,
-                found.mean_ms,
-                *ratios,
-                found.max_send_lag_ms,
-                cpu_s[policy] / wall_s[policy],
-            )
-        )
+            found = await asyncio.gather(*(d.open_loop(requests, due_s) for d in drivers.values()))
+            cpu = (time.process_time() - began_cpu_s) / (time.perf_counter() - began_s)
+            sums = dict(zip(drivers, map(summarize, found), strict=True))
+            gather = sums[Batching.GATHER]
+            for policy, one in sums.items():
+                compared = policy is not Batching.GATHER
+                rows.append(
+                    Row(
+                        workload,
+                        policy.value,
+                        load,
+                        rate,
+                        capacity[policy],
+                        one.sent,
+                        one.answered,
+                        one.errors,
+                        one.p50_ms,
+                        one.p90_ms,
+                        one.p99_ms,
+                        one.mean_ms,
+                        one.p50_ms / gather.p50_ms if compared else None,
+                        one.p99_ms / gather.p99_ms if compared else None,
+                        one.max_send_lag_ms,
+                        cpu,
+                    )
+                )
+                console.print(
+                    f"{policy.value} at {rate:.2f}/s: p50 {one.p50_ms:.0f}, p99 {one.p99_ms:.0f} ms"
+                )
     return rows
 
 
-async def _check(driver: Driver, requests: Sequence[bytes]) -> float:
-    """Seconds for all of them in a closed loop. Raises RuntimeError where one fails: that would be no capacity."""
-    outcomes, seconds = await driver.closed_loop(requests, CONCURRENCY)
-    if failed := summarize(outcomes).errors:
-        raise RuntimeError(f"questions failed while capacity was measured: {failed}")
-    return seconds
+async def _capacity(drivers: dict[Batching, Driver], requests: Sequence[bytes]) -> dict[Batching, float]:
+    """Questions a second of each in a closed loop. Raises RuntimeError where one fails: that would be no capacity."""
+    found = await asyncio.gather(*(d.closed_loop(requests, CONCURRENCY) for d in drivers.values()))
+    for outcomes, _ in found:
+        if errors := summarize(outcomes).errors:
+            raise RuntimeError(f"questions failed while capacity was measured: {errors}")
+    return {policy: len(requests) / seconds for policy, (_, seconds) in zip(drivers, found, strict=True)}
 
 
 @contextmanager
@@ -191,15 +166,16 @@ def main() -> None:
     """Print the table; with JSON=file write its rows; QUICK=1 takes about three minutes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here")
-    parser.add_argument("--quick", action="store_true", help="one short slice a load and policy")
+    parser.add_argument("--quick", action="store_true", help="fewer questions, a shorter time")
     parser.add_argument("--workload", choices=["contexts", "pair"], default="contexts")
     parser.add_argument("--model", choices=sorted(checkpoint.SHAPES), default=checkpoint.SMALL)
-    parser.add_argument("--threads", type=int, default=num_cores())
-    parser.add_argument("--slices", type=int, help="of each load and policy, in turn")
-    parser.add_argument("--slice-s", type=float, help="seconds of arrivals in a slice")
+    parser.add_argument(
+        "--threads", type=int, default=max(1, num_cores() // 2), help="of each of the two generators"
+    )
+    parser.add_argument("--seconds", type=float, help="of arrivals at each load")
     arguments = parser.parse_args()
-    plan = Plan(96, 1, 25.0) if arguments.quick else Plan(480, 3, 60.0)
-    plan = Plan(plan.capacity_questions, arguments.slices or plan.slices, arguments.slice_s or plan.slice_s)
+    plan = Plan(96, 45.0) if arguments.quick else Plan(400, 240.0)
+    plan = Plan(plan.capacity_questions, arguments.seconds or plan.seconds)
     console = Console(width=200)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

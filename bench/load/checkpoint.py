@@ -9,7 +9,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from demo.settings import DEMO
 
 SMALL, BART_BASE = "small", "bart-base"
-SHAPES = {SMALL: (2, 4, 256, 4, 8192), BART_BASE: (6, 6, 768, 12, 30522)}
+SHAPES = {SMALL: (2, 2, 256, 4, 8192), BART_BASE: (6, 6, 768, 12, 30522)}
 """Encoder layers, decoder layers, width, heads, vocabulary. Steps of the small one are short enough for a queue on two
 cores; its vocabulary is cut so that its head does not outweigh its layers."""
 

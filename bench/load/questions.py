@@ -29,7 +29,7 @@ class Mix:
     answer_lengths: Sequence[int] = (6, 12, 24, 64)
     shares: Sequence[float] = (0.4, 0.3, 0.2, 0.1)
     n_docs: int = 5
-    context_length: tuple[int, int] = (60, 140)
+    context_length: tuple[int, int] = (30, 90)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import asyncio
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,23 @@ from bench.load.latency import summarize
 from bench.load.questions import Mix, Question, draw
 from bench.load.services import flags_of_generator, generators
 from bench.machine import describe, num_cores
-from generator_service.types import Batching, Strategy
+from generator_service.types import Batching
 
 CONCURRENCY = 32
 _MIX = Mix(num_beams=(4,), answer_lengths=(20,), shares=(1.0,), context_length=(170, 170))
-"""bench-engine's questions: all alike, so that a short run tells."""
+"""bench-engine's questions: alike but for the strategy, so that a short run tells."""
 
 
 @dataclass(frozen=True)
 class Row:
     """Questions a second at CONCURRENCY, and milliseconds of one alone, in this process and over the wire.
 
-    added_p50_ms is the median over questions of (served - in process), asked in turn.
+    Both sides are asked in turn. throughput_ratio is the median over rounds, added_p50_ms the median over questions, of
+    what two neighbours in time differ by: a machine that grows slower meanwhile does so for both.
     """
 
     model: str
-    strategy: str
+    rounds: int
     in_process_qps: float
     served_qps: float
     throughput_ratio: float
@@ -53,13 +54,13 @@ class Bench:
         self._driver, self._engine, self._config = driver, engine, config
         self._ids = 0
 
-    async def throughput(self, questions: Sequence[Question], rounds: int) -> tuple[float, float]:
-        """Questions a second in process and served: all rounds' questions by all their time, in turn."""
-        inside_s = served_s = 0.0
+    async def throughput(self, questions: Sequence[Question], rounds: int) -> tuple[list[float], list[float]]:
+        """Questions a second of each round, in process and served, in turn."""
+        inside, served = [], []
         for _ in range(rounds):
-            inside_s += self._inside(questions, CONCURRENCY)
-            served_s += await self._served(questions, CONCURRENCY)
-        return rounds * len(questions) / inside_s, rounds * len(questions) / served_s
+            inside.append(len(questions) / self._inside(questions, CONCURRENCY))
+            served.append(len(questions) / await self._served(questions, CONCURRENCY))
+        return inside, served
 
     async def alone(self, questions: Sequence[Question]) -> tuple[list[float], list[float]]:
         """Seconds of each question asked alone, in process and served, in turn."""
@@ -81,38 +82,30 @@ class Bench:
         return seconds
 
 
-async def measure(
-    model: str, folder: Path, threads: int, counts: tuple[int, int, int], console: Console
-) -> list[Row]:
-    """A row a strategy; counts are questions at once, rounds of them, and questions asked alone."""
+async def measure(model: str, folder: Path, threads: int, counts: tuple[int, int, int]) -> Row:
+    """counts are questions of a round, rounds, and questions asked alone."""
     many, rounds, lone = counts
     config = checkpoint.save(model, folder / "generator")
     engine = InProcess.of_generator(folder / "generator")
     flags = flags_of_generator(folder / "generator")
-    rows = []
+    questions = draw(_MIX, max(many, lone), config.vocab_size, seed=1)
     async with AsyncExitStack() as stack:
         addresses = stack.enter_context(generators(flags, [Batching.CONTINUOUS], folder / "logs", threads))
         driver = await stack.enter_async_context(connect(addresses[Batching.CONTINUOUS], timeout_s=600))
         bench = Bench(driver, engine, config)
-        for strategy in Strategy:
-            mix = replace(_MIX, strategies=(strategy,))
-            questions = draw(mix, max(many, lone), config.vocab_size, seed=1)
-            await bench.alone(questions[:2])  # warm up
-            inside_qps, served_qps = await bench.throughput(questions[:many], rounds)
-            inside, served = (np.array(s) * 1000 for s in await bench.alone(questions[:lone]))
-            row = Row(
-                model,
-                strategy.value,
-                inside_qps,
-                served_qps,
-                served_qps / inside_qps,
-                float(np.median(inside)),
-                float(np.median(served)),
-                float(np.median(served - inside)),
-            )
-            console.print(row)
-            rows.append(row)
-    return rows
+        await bench.alone(questions[:3])  # warm up
+        inside_qps, served_qps = map(np.array, await bench.throughput(questions[:many], rounds))
+        inside_ms, served_ms = (np.array(s) * 1000 for s in await bench.alone(questions[:lone]))
+    return Row(
+        model,
+        rounds,
+        float(np.median(inside_qps)),
+        float(np.median(served_qps)),
+        float(np.median(served_qps / inside_qps)),
+        float(np.median(inside_ms)),
+        float(np.median(served_ms)),
+        float(np.median(served_ms - inside_ms)),
+    )
 
 
 def main() -> None:
@@ -125,10 +118,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     console = Console(width=150)
-    counts = (64, 2, 21) if arguments.quick else (96, 4, 101)
+    counts = (48, 4, 25) if arguments.quick else (96, 9, 101)
     with tempfile.TemporaryDirectory() as name:
-        rows = asyncio.run(measure(arguments.model, Path(name), arguments.threads, counts, console))
-    found = [asdict(row) for row in rows]
+        row = asyncio.run(measure(arguments.model, Path(name), arguments.threads, counts))
+    found = [asdict(row)]
     report.show(describe(arguments.threads), found, console)
     report.write(found, arguments.json)
 

@@ -18,7 +18,7 @@ from bench.load.driver import GENERATE, Driver, connect
 from bench.load.latency import OK, Outcome, summarize
 from bench.load.questions import Mix, draw
 from bench.load.services import flags_of_generator, generators
-from generator_service.types import Batching, Strategy
+from generator_service.types import Batching
 from rag.generator.v1 import generator_service_pb2
 
 
@@ -170,7 +170,7 @@ def test_both_policies_answer_everything_at_the_same_moments(tiny: str, tmp_path
 
     with generators(flags, tuple(Batching), tmp_path / "logs", threads=1) as addresses:
         rows = asyncio.run(
-            batching.measure(addresses, make, batching.Plan(8, 2, 0.4), "contexts", Console(quiet=True))
+            batching.measure(addresses, make, batching.Plan(8, 0.8), "contexts", Console(quiet=True))
         )
     assert [(r.batching, r.load) for r in rows] == [
         (policy.value, load) for load in (0.5, 0.7) for policy in Batching
@@ -184,9 +184,7 @@ def test_both_policies_answer_everything_at_the_same_moments(tiny: str, tmp_path
 
 
 def test_served_is_measured_beside_in_process(tiny: str, tmp_path: Path) -> None:
-    rows = asyncio.run(served.measure(tiny, tmp_path, 1, (3, 1, 2), Console(quiet=True)))
-    assert [r.strategy for r in rows] == [s.value for s in Strategy]
-    for row in rows:
-        assert row.throughput_ratio == row.served_qps / row.in_process_qps
-        assert row.in_process_p50_ms > 0
-        assert row.served_p50_ms > 0
+    row = asyncio.run(served.measure(tiny, tmp_path, 1, (3, 1, 2)))
+    assert row.throughput_ratio == pytest.approx(row.served_qps / row.in_process_qps)
+    assert row.in_process_p50_ms > 0
+    assert row.served_p50_ms > 0
