@@ -172,12 +172,7 @@ def contexts_workload(
         return [Ask(q.request(), q.answer_length) for q in draw(Mix(), count, config.vocab_size, seed)]
 
     with generators(flags, tuple(Batching), folder / "logs", threads) as addresses:
-        yield (
-            addresses,
-            lambda count, seed: [
-                Ask(q.request(), q.answer_length) for q in draw(Mix(), count, config.vocab_size, seed)
-            ],
-        )
+        yield addresses, make
 
 
 @contextmanager
