@@ -152,7 +152,9 @@ async def _watch_fit(retrieval: RetrievalClient, readiness: Readiness, pause_s: 
 
 async def _refresh(engine: AsyncEngine, metrics: GeneratorMetrics) -> None:
     while True:
-        metrics.refresh(engine.workers)
+        metrics.refresh(
+            engine.workers, questions_per_second=engine.answers_per_second, retried=engine.num_retried
+        )
         await asyncio.sleep(_REFRESH_S)
 
 

@@ -75,6 +75,11 @@ class AsyncEngine:
         """Requests that are accepted at once at most."""
         return self._max_queued
 
+    @property
+    def answers_per_second(self) -> float:
+        """Questions, encodings and scores answered, over the last ten seconds."""
+        return self._rate.per_second(time.monotonic())
+
     @contextmanager
     def accepted(self, count: int) -> Iterator[None]:
         """Holds places for count questions while they are worked on.

@@ -114,6 +114,7 @@ class EngineCore:
             steps=self._steps,
             step_s=dict(self._part_s),
             tokens=self._tokens,
+            at_s=time.monotonic(),
         )
 
     def _reports(self, schedule: Schedule, outcome: StepOutcome) -> list[Report]:

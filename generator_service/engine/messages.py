@@ -152,6 +152,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     steps: int
     step_s: dict[str, float]
     tokens: int
+    at_s: float = 0.0  # time.monotonic's, when it was said
 
 
 Work = EncodeQuestion | GenerateAnswer | ScoreTarget | QuestionPass | ForwardPass
