@@ -28,6 +28,8 @@ SWEEPS: dict[str, Sequence[int]] = {
     ANSWER_LENGTH: (5, 10, 20, 50, 100),
 }
 
+_TICKS = [digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5)]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -89,7 +91,9 @@ def plot(rows: Sequence[Row], title: str, file: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "ragpair"  # equal figures give an equal file
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharey=True, layout="constrained")
+    least, most = min(r.qps for r in rows), max(r.qps for r in rows)
+    ticks = [t for t in _TICKS if least / 2 <= t <= most * 2]
     for axis, (varied, values) in zip(axes.flat, SWEEPS.items(), strict=True):
         for strategy, mark in zip(Strategy, "so", strict=True):
             chosen = [r for r in rows if r.varied == varied and r.strategy == strategy.value]
@@ -100,6 +104,8 @@ def plot(rows: Sequence[Row], title: str, file: Path) -> None:
                 label=strategy.value,
             )
         axis.set_xticks(values, [str(v) for v in values])
+        axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axis.set_ylim(least / 1.2, most * 1.2)
         axis.minorticks_off()
         axis.set_xlabel(varied)
         axis.set_ylabel("questions a second")
