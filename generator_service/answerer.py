@@ -151,7 +151,10 @@ class Answerer:
         found = []
         for index, question in enumerate(retrieval.questions):
             if not question.contexts:
-                raise NoDocumentsError(f"the index gave no document for question {index}")
+                raise NoDocumentsError(
+                    f"the retriever found no document for question {index}: its index is empty, or"
+                    " no document meets filter and score_threshold"
+                )
             rows = None
             if pad_token_id is not None:
                 rows = [c + [pad_token_id] * (retrieval.padded_length - len(c)) for c in question.contexts]

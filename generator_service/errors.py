@@ -65,7 +65,7 @@ class MismatchError(FailedPreconditionError):
 
 
 class NoDocumentsError(FailedPreconditionError):
-    """The index holds no document to answer from."""
+    """The retriever found no document to answer from."""
 
     reason = "NO_DOCUMENTS"
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from generator_service.errors import MismatchError, RetrieverUnavailableError
+from rag.filter.v1 import filter_pb2
 from rag.retriever.v1 import document_pb2, retriever_service_pb2, retriever_service_pb2_grpc
 from rag_serving import tensor_codec
 from rag_serving.channel import RetryPolicy, open_channel
@@ -43,6 +44,9 @@ class RetrievalSettings:
     max_combined_length: int = 0
     truncate_question_last: bool = False
     include_embeds: bool = False
+    rescore_factor: int = 0
+    filter: filter_pb2.Filter | None = None  # passed on as it came: the retriever checks it
+    score_threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,12 @@ class RetrievalClient:
             n_docs=settings.n_docs,
             prefix=settings.prefix,
             search_parameters=document_pb2.SearchParameters(
-                nprobe=settings.nprobe, ef_search=settings.ef_search
+                nprobe=settings.nprobe,
+                ef_search=settings.ef_search,
+                rescore_factor=settings.rescore_factor,
             ),
+            filter=settings.filter,
+            score_threshold=settings.score_threshold,
             max_combined_length=settings.max_combined_length,
             truncation=document_pb2.TRUNCATION_QUESTION_LAST
             if settings.truncate_question_last

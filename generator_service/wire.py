@@ -99,7 +99,7 @@ def read_retrieval(
     """Retrieval arguments; the retriever checks those that are its own."""
     n_docs = config.n_docs if config.n_docs != 0 else default_n_docs
     limits.check_n_docs(n_docs, "retrieval_config.n_docs")
-    for name in ("nprobe", "ef_search", "max_combined_length"):
+    for name in ("nprobe", "ef_search", "rescore_factor", "max_combined_length"):
         if getattr(config, name) < 0:
             raise InvalidArgumentError(
                 f"retrieval_config.{name}", "must not be negative", getattr(config, name)
@@ -117,6 +117,9 @@ def read_retrieval(
         ef_search=config.ef_search,
         max_combined_length=config.max_combined_length,
         truncate_question_last=config.truncate_question_last,
+        rescore_factor=config.rescore_factor,
+        filter=config.filter if config.HasField("filter") else None,
+        score_threshold=config.score_threshold if config.HasField("score_threshold") else None,
     )
 
 

@@ -14,6 +14,7 @@ from rag.generator.v1 import explanation_pb2, generation_pb2, generator_service_
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag.tensor.v1 import tensor_pb2
 from rag_client import types
+from rag_client.filters import metadata_filter
 from rag_serving import tensor_codec
 
 Questions = str | Sequence[str] | types.QuestionTokens
@@ -111,8 +112,10 @@ def retrieve_request(
     for name, value in options.items():
         if value is None:
             continue
-        if name in {"nprobe", "ef_search"}:
+        if name in {"nprobe", "ef_search", "rescore_factor"}:
             setattr(request.search_parameters, name, value)
+        elif name == "filter":
+            request.filter.CopyFrom(metadata_filter(value))
         elif name == "truncation":
             request.truncation = document_pb2.Truncation.Value(f"TRUNCATION_{value}")
         else:
@@ -342,7 +345,9 @@ def wire_integers(values: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
 
 def set_option(request: Any, name: str, value: Any) -> None:
     """Sets an argument where the contract has it. Raises TypeError or ValueError where it cannot hold it."""
-    if name in _RETRIEVAL:
+    if name == "filter":
+        request.retrieval_config.filter.CopyFrom(metadata_filter(value))
+    elif name in _RETRIEVAL:
         setattr(request.retrieval_config, name, value)
     elif name in _PREFIXES:
         field = request.DESCRIPTOR.fields_by_name[name]

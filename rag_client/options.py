@@ -14,12 +14,18 @@ CompatibilityName = Literal["MASKED", "HF"]
 
 
 class RetrievalOptions(TypedDict, total=False):
-    """How documents are found; not used with contexts. None takes the service's default."""
+    """How documents are found; not used with contexts. None takes the service's default.
+
+    `filter` is a mapping in the form of rag_client.filters.
+    """
 
     n_docs: int | None
     prefix: str | None
     nprobe: int | None
     ef_search: int | None
+    rescore_factor: int | None
+    filter: Mapping[str, Any] | None
+    score_threshold: float | None
     max_combined_length: int | None
     truncate_question_last: bool | None
 
@@ -132,6 +138,9 @@ class RetrieveOptions(TypedDict, total=False):
     prefix: str | None
     nprobe: int | None
     ef_search: int | None
+    rescore_factor: int | None
+    filter: Mapping[str, Any] | None
+    score_threshold: float | None
     max_combined_length: int | None
     truncation: Literal["KEEP_QUESTION", "QUESTION_LAST"] | None
     include_retrieved_doc_embeds: bool | None

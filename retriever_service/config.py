@@ -41,6 +41,24 @@ class RetrieverSettings(ServiceSettings):
     max_question_chars: int = Field(32_768, ge=1, description="characters of a question at most")
     max_get_documents: int = Field(1000, ge=1, description="keys and rows of a GetDocuments request at most")
 
+    max_candidates: int = Field(
+        16_384,
+        ge=1,
+        description="questions times documents times rescore_factor of a request at most",
+    )
+    max_exact_rows: int = Field(
+        1000, ge=0, description="documents that a filter may leave and still be searched exactly"
+    )
+    recall_sample_rate: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of questions searched again exactly, in the background, for live_recall_ratio",
+    )
+    memory_map: bool = Field(
+        False, description="map the index file instead of reading it: a start at once, pages as they are used"
+    )
+
     max_combined_length: int | None = Field(
         None, ge=8, description="tokens of a context at most; none takes the checkpoint's, or 300"
     )

@@ -97,7 +97,7 @@ def load(settings: RetrieverSettings) -> Loaded:
     if settings.verify:
         snapshot.verify()
     manifest = snapshot.manifest
-    index = FaissIndex.load(snapshot.index_file)
+    index = FaissIndex.load(snapshot.index_file, memory_map=settings.memory_map)
     if (index.ntotal, index.dimension, index.metric) != (
         manifest.ntotal,
         manifest.dimension,
@@ -136,6 +136,8 @@ def make_retriever(loaded: Loaded, settings: RetrieverSettings, metrics: Retriev
             max_search_batch=settings.max_search_batch,
             max_queued_questions=settings.max_queued_questions,
             assembly_threads=settings.assembly_threads,
+            max_exact_rows=settings.max_exact_rows,
+            recall_sample_rate=settings.recall_sample_rate,
         ),
         search_executor=search_executor,
     )
@@ -183,6 +185,7 @@ def _limits(
         max_contexts=settings.max_contexts,
         max_question_chars=settings.max_question_chars,
         max_get_documents=settings.max_get_documents,
+        max_candidates=settings.max_candidates,
         max_combined_length=max_combined_length,
         min_combined_length=assembler.min_combined_length,
         num_question_tokens=None if question_tokenizer is None else question_tokenizer.num_tokens,

@@ -7,6 +7,8 @@ _DOCS_BUCKETS = (0, 1, 2, 3, 5, 10, 20, 50, 100, 200)
 # Seconds: a search of a small Flat index takes tens of microseconds.
 _STEP_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
+_RECALL_BUCKETS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99, 1.0)
+
 
 class RetrieverMetrics:
     """The retriever's metrics, in the registry of `metrics`."""
@@ -31,6 +33,11 @@ class RetrieverMetrics:
         )
         self.questions_cut_total = metrics.counter(
             "questions_cut_total", "Questions that did not fit a context of their own"
+        )
+        self.live_recall_ratio = metrics.histogram(
+            "live_recall_ratio",
+            "Share of the exact n_docs nearest documents that a sampled answer held",
+            buckets=_RECALL_BUCKETS,
         )
         self.questions_in_flight = metrics.gauge(
             "questions_in_flight", "Questions accepted and not yet answered"

@@ -10,7 +10,7 @@ import numpy as np
 
 from retriever_service.index.base import VectorIndex
 from retriever_service.metrics import RetrieverMetrics
-from retriever_service.types import Float32Array, Int64Array, SearchParameters
+from retriever_service.types import Float32Array, Int64Array, SearchParameters, Selection
 
 
 @dataclass(eq=False, slots=True)
@@ -18,13 +18,14 @@ class _Waiting:
     vectors: Float32Array
     n_docs: int
     parameters: SearchParameters
+    selection: Selection | None
     found: asyncio.Future[Int64Array]
     since_s: float
 
     @property
-    def key(self) -> tuple[int, SearchParameters]:
+    def key(self) -> tuple[int, SearchParameters, Selection | None]:
         """Requests with the same key can share a search."""
-        return self.n_docs, self.parameters
+        return self.n_docs, self.parameters, self.selection
 
 
 class SearchBatcher:
@@ -56,12 +57,18 @@ class SearchBatcher:
         self._gathered_last = 1
         self._worker: asyncio.Task[None] | None = None
 
-    async def search(self, vectors: Float32Array, n_docs: int, parameters: SearchParameters) -> Int64Array:
+    async def search(
+        self,
+        vectors: Float32Array,
+        n_docs: int,
+        parameters: SearchParameters,
+        selection: Selection | None = None,
+    ) -> Int64Array:
         """Returns rows int64 [batch, at most n_docs] of vectors float32 [batch, dim], -1 for missing hits."""
         if self._worker is None:
             self._worker = asyncio.create_task(self._work(), name="search batcher")
         found: asyncio.Future[Int64Array] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(vectors, n_docs, parameters, found, time.monotonic()))
+        self._queue.append(_Waiting(vectors, n_docs, parameters, selection, found, time.monotonic()))
         self._arrived.set()
         return await found
 
@@ -137,10 +144,10 @@ class SearchBatcher:
     async def _run(self, batch: list[_Waiting]) -> Int64Array:
         vectors = batch[0].vectors if len(batch) == 1 else np.concatenate([one.vectors for one in batch])
         self._metrics.search_batch_questions.observe(len(vectors))
-        n_docs, parameters = batch[0].key
+        n_docs, parameters, selection = batch[0].key
 
         def search() -> Int64Array:
             with self._metrics.search_seconds.time():
-                return self._index.search(vectors, n_docs, parameters)[0]
+                return self._index.search(vectors, n_docs, parameters, selection)[0]
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, search)

@@ -10,6 +10,7 @@ from rag_serving import tensor_codec
 from rag_serving.errors import InvalidArgumentError
 from rag_serving.interceptors.base import Context
 from retriever_service.errors import ExpectationError
+from retriever_service.filter_wire import read_filter
 from retriever_service.index.manifest import Manifest
 from retriever_service.retriever import Retriever
 from retriever_service.types import (
@@ -49,6 +50,7 @@ class RequestLimits:
     max_contexts: int
     max_question_chars: int
     max_get_documents: int
+    max_candidates: int
     max_combined_length: int
     min_combined_length: int
     num_question_tokens: int | None
@@ -178,6 +180,9 @@ def _read_query(request: retriever_service_pb2.RetrieveRequest, limits: RequestL
         search_parameters=_search_parameters(request),
         truncation=_TRUNCATIONS[request.truncation],
         skip_contexts=request.skip_contexts,
+        filter=read_filter(request.filter) if request.HasField("filter") else None,
+        score_threshold=_score_threshold(request),
+        rescore_factor=_rescore_factor(request, batch * n_docs, limits),
     )
 
 
@@ -302,3 +307,25 @@ def _search_parameters(request: retriever_service_pb2.RetrieveRequest) -> Search
         if value < 0:
             raise InvalidArgumentError(f"search_parameters.{knob}", "must not be negative", value)
     return SearchParameters(nprobe=asked.nprobe, ef_search=asked.ef_search)
+
+
+def _rescore_factor(
+    request: retriever_service_pb2.RetrieveRequest, contexts: int, limits: RequestLimits
+) -> int:
+    field, factor = "search_parameters.rescore_factor", request.search_parameters.rescore_factor
+    if factor < 0:
+        raise InvalidArgumentError(field, "must not be negative", factor)
+    if factor > 1 and factor * contexts > limits.max_candidates:
+        raise InvalidArgumentError(
+            field,
+            f"{contexts} contexts times {factor} are more than {limits.max_candidates} candidates",
+        )
+    return max(1, int(factor))
+
+
+def _score_threshold(request: retriever_service_pb2.RetrieveRequest) -> float | None:
+    if not request.HasField("score_threshold"):
+        return None
+    if not np.isfinite(request.score_threshold):
+        raise InvalidArgumentError("score_threshold", "must be finite", request.score_threshold)
+    return float(request.score_threshold)

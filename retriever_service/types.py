@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from retriever_service.filters import Filter
+
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
@@ -38,6 +40,25 @@ class Document:
     text: str
 
 
+class Selection:
+    """The rows that a search may find, ascending and distinct; two are equal only if they are one object."""
+
+    def __init__(self, rows: Int64Array) -> None:
+        self.rows = rows
+        self._bitmap: npt.NDArray[np.uint8] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def bitmap(self, ntotal: int) -> npt.NDArray[np.uint8]:
+        """Returns one bit a row, the lowest of each byte first; made once, for one `ntotal`."""
+        if self._bitmap is None:
+            chosen = np.zeros(ntotal, dtype=np.bool_)
+            chosen[self.rows] = True
+            self._bitmap = np.packbits(chosen, bitorder="little")
+        return self._bitmap
+
+
 @dataclass(frozen=True, slots=True)
 class SearchParameters:
     """Search knobs of one request; 0 keeps the index's own setting."""
@@ -52,7 +73,9 @@ class Query:
 
     `question_hidden_states` is float32 [batch, dim] and finite. The questions come as `question_texts`
     (they stand verbatim) or as `question_input_ids` (decoded by the question tokenizer); neither is
-    needed with `skip_contexts`. `prefix` None takes the generator's own.
+    needed with `skip_contexts`. `prefix` None takes the generator's own. Only documents that meet `filter` and
+    whose doc_score is at least `score_threshold` are found; n_docs times `rescore_factor` candidates are
+    compared by their stored embeddings where the index's scores are not exact.
     """
 
     question_hidden_states: Float32Array
@@ -64,6 +87,9 @@ class Query:
     search_parameters: SearchParameters = field(default_factory=SearchParameters)
     truncation: Truncation = Truncation.KEEP_QUESTION
     skip_contexts: bool = False
+    filter: Filter | None = None
+    score_threshold: float | None = None
+    rescore_factor: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters
+from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters, Selection
 
 
 class VectorIndex(ABC):
@@ -33,17 +33,37 @@ class VectorIndex(ABC):
     def metric(self) -> Metric:
         """Similarity of the search."""
 
+    @property
+    def has_exact_scores(self) -> bool:
+        """Whether scores are those of the vectors themselves: re-scoring more candidates then gains nothing."""
+        return False
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether every search compares with every vector, so that there is no recall to lose."""
+        return False
+
+    @property
+    def takes_selection(self) -> bool:
+        """Whether `search` can be told which rows it may find."""
+        return False
+
     @abstractmethod
     def check_parameters(self, parameters: SearchParameters) -> None:
         """Raises InvalidSearchParametersError where a knob does not exist on this kind or is out of range."""
 
     @abstractmethod
     def search(
-        self, vectors: Float32Array, n_docs: int, parameters: SearchParameters
+        self,
+        vectors: Float32Array,
+        n_docs: int,
+        parameters: SearchParameters,
+        selection: Selection | None = None,
     ) -> tuple[Int64Array, Float32Array]:
         """Finds the rows nearest to each vector.
 
         `vectors` is float32 [batch, dimension], finite, batch at least 1; `n_docs` is at least 1 and
-        `parameters` has passed `check_parameters`. Returns rows int64 and scores float32, both
-        [batch, min(n_docs, ntotal)]. Raises ValueError for other shapes.
+        `parameters` has passed `check_parameters`. Only rows of `selection` are found where one is given, which
+        needs `takes_selection`. Returns rows int64 and scores float32, both [batch, min(n_docs, rows there
+        are)]. Raises ValueError for other shapes.
         """

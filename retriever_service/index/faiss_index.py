@@ -1,5 +1,6 @@
 """faiss behind the contract of a vector index: build by factory string, load, search."""
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,16 @@ from faiss.contrib.factory_tools import reverse_index_factory
 
 from retriever_service.errors import BuildError, DamagedIndexError, InvalidSearchParametersError
 from retriever_service.index.base import VectorIndex
-from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters
+from retriever_service.index.faiss_parts import (
+    find_part,
+    has_exact_scores,
+    is_exhaustive,
+    search_parameters,
+    takes_selector,
+)
+from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters, Selection
+
+logger = logging.getLogger(__name__)
 
 # The names that SWIG generates have no types.
 _faiss: Any = faiss
@@ -19,7 +29,7 @@ _FAISS_METRICS = {Metric.INNER_PRODUCT: faiss.METRIC_INNER_PRODUCT, Metric.L2: f
 
 
 class FaissIndex(VectorIndex):
-    """An immutable faiss index on the CPU."""
+    """An immutable faiss index on the CPU, in memory or mapped from its file."""
 
     def __init__(self, index: Any) -> None:
         """Takes a trained faiss index. Raises ValueError for a metric other than inner product and L2."""
@@ -28,12 +38,25 @@ class FaissIndex(VectorIndex):
             raise ValueError(f"metric {index.metric_type} is neither inner product nor L2")
         self._index = index
         self._metric = metrics[index.metric_type]
-        self._ivf = _find(index, faiss.IndexIVF)
-        self._hnsw = _find(index, faiss.IndexHNSW)
+        self._ivf = find_part(index, faiss.IndexIVF)
+        self._hnsw = find_part(index, faiss.IndexHNSW)
+        self._takes_selection = takes_selector(index)
 
     @classmethod
-    def load(cls, file: Path) -> "FaissIndex":
-        """Reads an index file. Raises DamagedIndexError naming a file that faiss cannot read."""
+    def load(cls, file: Path, *, memory_map: bool = False) -> "FaissIndex":
+        """Reads an index file, or maps it: pages come as searches touch them and are shared between processes.
+
+        A kind that faiss cannot map is read, and the log says so. Nothing may ever be added to a mapped index.
+        Raises DamagedIndexError naming a file that faiss cannot read.
+        """
+        if memory_map:
+            try:
+                return cls(faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC))
+            except (RuntimeError, ValueError) as error:
+                logger.warning(
+                    "faiss cannot map this index: reading it into memory",
+                    extra={"file": str(file), "reason": _reason(error)},
+                )
         try:
             return cls(faiss.read_index(str(file)))
         except (RuntimeError, ValueError) as error:
@@ -53,6 +76,21 @@ class FaissIndex(VectorIndex):
     def metric(self) -> Metric:
         """Similarity of the search."""
         return self._metric
+
+    @property
+    def has_exact_scores(self) -> bool:
+        """Whether the index keeps vectors whole: see VectorIndex."""
+        return has_exact_scores(self._index)
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether every search is exact: see VectorIndex."""
+        return is_exhaustive(self._index)
+
+    @property
+    def takes_selection(self) -> bool:
+        """Whether faiss can leave rows out on this kind: see VectorIndex."""
+        return self._takes_selection
 
     def kind(self) -> str:
         """The faiss factory string that describes this index, or its class where faiss has none."""
@@ -77,18 +115,25 @@ class FaissIndex(VectorIndex):
             )
 
     def search(
-        self, vectors: Float32Array, n_docs: int, parameters: SearchParameters
+        self,
+        vectors: Float32Array,
+        n_docs: int,
+        parameters: SearchParameters,
+        selection: Selection | None = None,
     ) -> tuple[Int64Array, Float32Array]:
         """Finds the rows nearest to each vector: see VectorIndex."""
         if vectors.ndim != 2 or vectors.shape[1] != self.dimension or len(vectors) == 0 or n_docs < 1:
             raise ValueError(
                 f"cannot search {n_docs} of vectors {vectors.shape} in dimension {self.dimension}"
             )
-        n_docs = min(n_docs, self.ntotal)
+        n_docs = min(n_docs, self.ntotal if selection is None else len(selection))
         if n_docs == 0:
             return np.empty((len(vectors), 0), np.int64), np.empty((len(vectors), 0), np.float32)
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        scores, rows = self._index.search(vectors, n_docs, params=_search_parameters(self._index, parameters))
+        bitmap = None if selection is None else selection.bitmap(self.ntotal)
+        selector = None if bitmap is None else _faiss.IDSelectorBitmap(bitmap)
+        faiss_parameters = search_parameters(self._index, parameters, selector)
+        scores, rows = self._index.search(vectors, n_docs, params=faiss_parameters)
         return rows, scores
 
 
@@ -112,7 +157,7 @@ class FaissBuilder:
             self._index = faiss.read_index(str(file))
         except RuntimeError as error:
             raise DamagedIndexError(file, f"faiss cannot read it: {_reason(error)}") from error
-        graph = _find(self._index, faiss.IndexHNSW)
+        graph = find_part(self._index, faiss.IndexHNSW)
         if graph is not None and graph.ntotal == self.ntotal:
             # The file does not hold the generator that draws the levels of the vectors still to come.
             for _ in range(self.ntotal):
@@ -135,7 +180,7 @@ class FaissBuilder:
     @property
     def num_training_vectors(self) -> int:
         """Vectors that training profits from: 256 for each centroid it must learn, at least 65,536."""
-        ivf = _find(self._index, faiss.IndexIVF)
+        ivf = find_part(self._index, faiss.IndexIVF)
         return max(65_536, 256 * int(ivf.nlist) if ivf is not None else 0)
 
     def train(self, vectors: Float32Array) -> None:
@@ -153,7 +198,7 @@ class FaissBuilder:
 
     def save(self, file: Path, *, nprobe: int, ef_search: int) -> None:
         """Writes the index file with these as its own settings of the knobs it has."""
-        ivf, hnsw = _find(self._index, faiss.IndexIVF), _find(self._index, faiss.IndexHNSW)
+        ivf, hnsw = find_part(self._index, faiss.IndexIVF), find_part(self._index, faiss.IndexHNSW)
         if ivf is not None:
             ivf.nprobe = min(nprobe, ivf.nlist)
         if hnsw is not None:
@@ -171,47 +216,6 @@ def normalized_kind(kind: str) -> str:
     spelled = {"flat": "Flat", "hnsw": "HNSW32"}
     upper = kind.upper()
     return spelled.get(kind.lower(), upper if upper.startswith("HNSW") and "," not in kind else kind)
-
-
-def _find(index: Any, kind: type) -> Any:
-    """Returns the part of a composed index that is a `kind`, or None; an IVF's coarse quantizer counts."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, kind):
-        return index
-    if isinstance(index, faiss.IndexIVF):
-        return _find(index.quantizer, kind)
-    if isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
-        return _find(index.index, kind)
-    if isinstance(index, faiss.IndexRefine):
-        return _find(index.base_index, kind)
-    return None
-
-
-def _search_parameters(index: Any, parameters: SearchParameters) -> Any:
-    """Returns faiss's parameter object for this call, or None where the index's own settings hold.
-
-    Objects, never attributes of the shared index: two requests may differ at the same moment.
-    """
-    if parameters == SearchParameters():
-        return None
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return _faiss.SearchParametersPreTransform(index_params=_search_parameters(index.index, parameters))
-    if isinstance(index, faiss.IndexRefine):
-        return _faiss.IndexRefineSearchParameters(
-            k_factor=index.k_factor, base_index_params=_search_parameters(index.base_index, parameters)
-        )
-    if isinstance(index, faiss.IndexIDMap):
-        return _search_parameters(index.index, parameters)
-    if isinstance(index, faiss.IndexIVF):
-        return _faiss.SearchParametersIVF(
-            nprobe=parameters.nprobe or index.nprobe,
-            max_codes=index.max_codes,
-            quantizer_params=_search_parameters(index.quantizer, parameters),
-        )
-    if isinstance(index, faiss.IndexHNSW):
-        return _faiss.SearchParametersHNSW(efSearch=parameters.ef_search or index.hnsw.efSearch)
-    return None
 
 
 def _reason(error: Exception) -> str:

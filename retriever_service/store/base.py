@@ -3,7 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
-from retriever_service.types import Document, Float32Array
+from retriever_service.filters import Filter
+from retriever_service.types import Document, Float32Array, Int64Array
 
 
 class DocumentStore(ABC):
@@ -31,6 +32,10 @@ class DocumentStore(ABC):
 
         Raises DataLossError where a row has no embedding: the index named it, so it must exist.
         """
+
+    @abstractmethod
+    def rows_where(self, condition: Filter) -> Int64Array:
+        """Returns the rows int64, ascending, of the documents whose metadata meet the condition."""
 
     @abstractmethod
     def close(self) -> None:

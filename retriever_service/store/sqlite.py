@@ -11,8 +11,10 @@ import numpy as np
 
 from rag_serving.errors import DataLossError
 from retriever_service.errors import DamagedIndexError
+from retriever_service.filters import Filter
 from retriever_service.store.base import DocumentStore
-from retriever_service.types import Document, Float32Array
+from retriever_service.store.filter_sql import where_clause
+from retriever_service.types import Document, Float32Array, Int64Array
 
 _VALUES_PER_QUERY = 1000
 # Where "file change counter" and "version valid for" stand: https://www.sqlite.org/fileformat2.html
@@ -63,6 +65,13 @@ class SqliteStore(DocumentStore):
                 )
             embeddings[position] = np.frombuffer(blob, dtype=dtypes[len(blob)])
         return embeddings
+
+    def rows_where(self, condition: Filter) -> Int64Array:
+        """Returns the rows whose metadata meet the condition: see DocumentStore."""
+        clause, parameters = where_clause(condition, "metadata")
+        query = f"SELECT row FROM documents WHERE {clause} ORDER BY row"  # noqa: S608  (values are parameters)
+        with self._reading() as connection:
+            return np.fromiter((row for (row,) in connection.execute(query, parameters)), dtype=np.int64)
 
     def embedding_chunks(self, rows_per_chunk: int, first_row: int = 0) -> Iterator[Float32Array]:
         """Yields the embeddings from first_row on, float32 [at most rows_per_chunk, dimension] at a time."""

@@ -20,6 +20,7 @@ from rag_client import (
     Health,
     QuestionTokens,
     RagClient,
+    RefusedError,
     Strategy,
     TimedOutError,
 )
@@ -304,3 +305,20 @@ def test_the_rag_command_asks_the_pair(pair: TinyPair, monkeypatch: pytest.Monke
         shown = runner.invoke(app, arguments)
         assert shown.exit_code == 0, shown.stderr
         assert shown.output.strip()
+
+
+def test_filter_and_score_threshold_choose_the_documents_behind_an_answer(client: RagClient) -> None:
+    found = client.retrieve("bako", n_docs=9, include_documents=True)
+    keys = [document.key for document in found.documents[0]]
+    chosen = {"number": {"$gte": 3, "$lt": 6}}
+    answer = client.generate("bako", n_docs=9, filter=chosen, include_documents=True, max_length=5).answers[0]
+    assert [document.key for document in answer.documents] == [
+        key for key in keys if key in {"d3", "d4", "d5"}
+    ]
+    threshold = float(found.doc_scores[0, 1])
+    answer = client.generate(
+        "bako", n_docs=9, score_threshold=threshold, rescore_factor=2, include_documents=True, max_length=5
+    ).answers[0]
+    assert [document.key for document in answer.documents] == keys[:2]
+    with pytest.raises(RefusedError, match="no document"):
+        client.generate("bako", filter={"number": 99}, max_length=5)

@@ -9,6 +9,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from rag.filter.v1 import filter_pb2
 from rag.generator.v1 import generation_pb2, generator_service_pb2, generator_service_pb2_grpc
 from rag.retriever.v1 import retriever_service_pb2, retriever_service_pb2_grpc
 from rag.tensor.v1 import tensor_pb2
@@ -142,6 +143,10 @@ BAD_GENERATE: list[tuple[str, Change]] = [
     ("retrieval_config.n_docs", retrieval(n_docs=-1)),
     ("retrieval_config.n_docs", retrieval(n_docs=101)),
     ("retrieval_config.nprobe", retrieval(nprobe=-1)),
+    ("retrieval_config.rescore_factor", retrieval(rescore_factor=-1)),
+    ("retrieval_config.rescore_factor", retrieval(rescore_factor=2**31 - 1)),
+    ("retrieval_config.score_threshold", retrieval(score_threshold=float("nan"))),
+    ("retrieval_config.filter", retrieval(filter=filter_pb2.Filter())),
     ("retrieval_config.max_combined_length", retrieval(max_combined_length=65)),
     ("strategy", enumeration("strategy", 9)),
     ("compatibility", enumeration("compatibility", 9)),

@@ -82,6 +82,7 @@ def build_index(folder: Path, *, dimension: int = DIMENSION, passages: int = 9, 
                 "title": word(rng),
                 "text": text.capitalize(),
                 "embedding": embedding,
+                "metadata": {"number": number},
             }
             stream.write(json.dumps(line) + "\n")
     command = [sys.executable, "-m", "retriever_service.ingest.cli", "build"]

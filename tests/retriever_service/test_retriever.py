@@ -154,9 +154,9 @@ async def test_concurrent_requests_are_gathered_into_few_searches(
     calls: list[int] = []
     search = FaissIndex.search
 
-    def counting(index: FaissIndex, vectors: Any, n_docs: int, parameters: SearchParameters) -> Any:
+    def counting(index: FaissIndex, vectors: Any, *arguments: Any) -> Any:
         calls.append(len(vectors))
-        return search(index, vectors, n_docs, parameters)
+        return search(index, vectors, *arguments)
 
     monkeypatch.setattr(FaissIndex, "search", counting)
     vectors = np.random.default_rng(1).standard_normal((100, DIM)).astype(np.float32)

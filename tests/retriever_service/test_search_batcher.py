@@ -13,7 +13,7 @@ from rag_serving.metrics import Metrics
 from retriever_service.index.base import VectorIndex
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.search_batcher import SearchBatcher
-from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters
+from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters, Selection
 
 OWN = SearchParameters()
 
@@ -43,7 +43,11 @@ class EchoIndex(VectorIndex):
         return
 
     def search(
-        self, vectors: Float32Array, n_docs: int, parameters: SearchParameters
+        self,
+        vectors: Float32Array,
+        n_docs: int,
+        parameters: SearchParameters,
+        selection: Selection | None = None,
     ) -> tuple[Int64Array, Float32Array]:
         self.calls.append((len(vectors), n_docs, parameters))
         self.begun.set()

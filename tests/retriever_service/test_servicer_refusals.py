@@ -9,6 +9,7 @@ import grpc
 import numpy as np
 import pytest
 
+from rag.filter.v1 import filter_pb2
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag.tensor.v1 import tensor_pb2
 from tests.retriever_service.servicer_calls import DIM, request, tensor, violated_fields
@@ -73,6 +74,20 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
         {"search_parameters": document_pb2.SearchParameters(ef_search=-1)},
         "search_parameters.ef_search",
     ),
+    "negative rescore_factor": (
+        {"search_parameters": document_pb2.SearchParameters(rescore_factor=-1)},
+        "search_parameters.rescore_factor",
+    ),
+    "rescore_factor above the service's": (
+        {"search_parameters": document_pb2.SearchParameters(rescore_factor=1366)},
+        "search_parameters.rescore_factor",
+    ),
+    "empty filter": ({"filter": filter_pb2.Filter()}, "filter"),
+    "filter without a value": (
+        {"filter": filter_pb2.Filter(equal=filter_pb2.Equal(field="a"))},
+        "filter.equal.value",
+    ),
+    "threshold that is no number": ({"score_threshold": float("nan")}, "score_threshold"),
     "nprobe of a flat index": (
         {"search_parameters": document_pb2.SearchParameters(nprobe=1)},
         "search_parameters.nprobe",

@@ -113,9 +113,22 @@ def make_documents(num_documents: int, dim: int, seed: int = 0) -> list[dict[str
             "title": f'"{rng.choice(WORDS)} {row}"' if row % 3 == 0 else str(rng.choice(WORDS)),
             "text": "  ".join(rng.choice(WORDS, size=int(rng.integers(3, 60)))),
             "embedding": vectors[row].tolist(),
+            **({} if row % 11 == 10 else {"metadata": make_metadata(row)}),
         }
         for row in range(num_documents)
     ]
+
+
+def make_metadata(row: int) -> dict[str, Any]:
+    """Every kind of value that a filter may meet, and those that it compares with nothing."""
+    return {
+        "language": ("en", "de", "fr")[row % 3],
+        "year": 1990 + row % 30,
+        "weight": row / 8,
+        "open": row % 2 == 0,
+        "source": {"name": f"source {row % 5}"},
+        "mixed": ("1", 1, True, None, [1], 1.5)[row % 6],
+    }
 
 
 def write_jsonl(file: Path, documents: list[dict[str, Any]]) -> Path:

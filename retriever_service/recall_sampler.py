@@ -1,0 +1,68 @@
+"""Live recall: some of the questions answered are searched again exactly, off the request path."""
+
+import random
+import time
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import numpy as np
+
+from retriever_service.exact_search import exact_search
+from retriever_service.index.base import VectorIndex
+from retriever_service.metrics import RetrieverMetrics
+from retriever_service.store.base import DocumentStore
+from retriever_service.types import Float32Array, Int64Array, Selection
+
+_REST_FACTOR = 9  # an exact search rests nine times as long as it took: at most a tenth of one core
+
+
+class RecallSampler:
+    """Compares answers with exact search: one at a time, in a thread of its own, and never for long.
+
+    All methods belong to the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        index: VectorIndex,
+        store: DocumentStore,
+        metrics: RetrieverMetrics,
+        executor: Executor,
+        *,
+        rate: float,
+        seed: int | None = None,
+    ) -> None:
+        """`rate` is the share of questions to sample, 0 to 1; an exhaustive index is never sampled."""
+        self._index = index
+        self._store = store
+        self._metrics = metrics
+        self._executor = executor
+        self._rate = 0.0 if index.is_exhaustive else rate
+        self._random = random.Random(seed)  # noqa: S311  (a sample is no secret)
+        self._running: Future[None] | None = None
+        self._rests_until_s = 0.0
+
+    def offer(
+        self, vectors: Float32Array, n_docs: int, rows: Int64Array, selection: Selection | None
+    ) -> None:
+        """Takes vectors float32 [batch, dim] and the rows found for them, and samples at most one question."""
+        if self._rate == 0 or len(self._store) == 0:
+            return
+        chosen = [place for place in range(len(vectors)) if self._random.random() < self._rate]
+        busy = self._running is not None and not self._running.done()
+        if not chosen or busy or time.monotonic() < self._rests_until_s:
+            return
+        place = chosen[0]
+        self._running = self._executor.submit(
+            self._measure, vectors[place : place + 1], n_docs, rows[place], selection
+        )
+
+    def _measure(
+        self, vector: Float32Array, n_docs: int, rows: Int64Array, selection: Selection | None
+    ) -> None:
+        began_s = time.monotonic()
+        among: Any = range(len(self._store)) if selection is None else selection.rows
+        best = exact_search(self._store, vector, n_docs, self._index.metric, among)[0]
+        if len(best):
+            self._metrics.live_recall_ratio.observe(float(np.isin(best, rows).mean()))
+        self._rests_until_s = time.monotonic() + _REST_FACTOR * (time.monotonic() - began_s)
