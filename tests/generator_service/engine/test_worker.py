@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from generator_service.engine.async_engine import AsyncEngine, gather_or_cancel
 from generator_service.engine.worker_options import WorkerOptions
 from generator_service.errors import QueueFullError, WorkerLostError
-from generator_service.types import ModelSource, Pooling
+from generator_service.types import ModelSource, Pooling, Strategy
 from rag_serving.errors import InvalidArgumentError, StartupError
 from tests.generator_service.engine.test_engine_core import work
 from tests.parity.tiny_models import tiny_rag
@@ -116,6 +117,45 @@ async def test_the_questions_of_a_worker_that_dies_are_answered_by_another_once(
         os.kill(second.pid, signal.SIGKILL)
         with pytest.raises(WorkerLostError):
             await lost
+    finally:
+        await running.stop()
+
+
+async def test_workers_killed_at_any_moment_lose_no_reply(generator_folder: Path) -> None:
+    """Every question is answered, rightly, or fails with UNAVAILABLE: whenever a worker dies, starting or working."""
+    running = engine(options(generator_folder), options(generator_folder))
+    await running.start()
+    rng, works = random.Random(7), [work(0), work(0, strategy=Strategy.RAG_TOKEN)]
+    try:
+        expected = [(await running.generate(one)).hypotheses[0].token_ids for one in works]
+        counts = {"answered": 0, "unavailable": 0}
+        stop = asyncio.Event()
+
+        async def ask(kind: int) -> None:
+            while not stop.is_set():
+                try:
+                    report = await asyncio.wait_for(running.generate(works[kind]), 60)
+                except WorkerLostError:
+                    counts["unavailable"] += 1
+                    await asyncio.sleep(0.02)
+                else:
+                    assert report.hypotheses[0].token_ids == expected[kind]
+                    counts["answered"] += 1
+
+        asking = [asyncio.ensure_future(ask(number % 2)) for number in range(12)]
+        for _ in range(6):
+            await asyncio.sleep(rng.uniform(0.05, 0.6))
+            process = rng.choice(running.workers)._process
+            if process is not None and process.returncode is None:
+                process.kill()
+        while running.num_ready == 0:  # noqa: ASYNC110  (the workers have no event for it)
+            await asyncio.sleep(0.05)
+        stop.set()
+        await asyncio.gather(*asking)
+        assert counts["answered"] > 0
+        assert running.num_pending == 0
+        with running.accepted(100):
+            pass
     finally:
         await running.stop()
 
