@@ -66,6 +66,11 @@ class GeneratorSettings(ServiceSettings):
     dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="type of the generator's weights; scores are float32 always"
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="on a GPU, replay decoder steps as CUDA graphs, captured at start for steps of up to"
+        " --max-step-rows rows",
+    )
     decoder: Literal["auto", "general"] = Field(
         "auto",
         description="auto takes our own decoder for BART and T5; general runs transformers' model, slowly",

@@ -208,6 +208,7 @@ def _worker_options(settings: GeneratorSettings, source: ModelSource) -> list[Wo
             past_key_values_bytes=settings.past_key_values_mib * 2**20,
             past_key_values_expires_s=settings.past_key_values_expires_s,
             batching=settings.batching,
+            cuda_graphs=settings.cuda_graphs,
         )
         for device in settings.devices or default_devices()
     ]

@@ -1,9 +1,13 @@
-"""Builds the generated stubs before any test imports them."""
+"""Builds the generated stubs before any test imports them, and sets what must be set before any import."""
 
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# Triton's kernels run in its interpreter here; it looks when it is first imported, which torch may do at any time.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:

@@ -6,18 +6,26 @@ from generator_service.engine.request import Request
 
 
 class CacheManager:
-    """Bytes of the device's caches: contexts' keys and values, and the rows' own."""
+    """Bytes of the device's caches: contexts' keys and values, and the rows' own.
 
-    def __init__(self, *, budget_bytes: int, bytes_per_context_token: int, bytes_per_slot: int) -> None:
+    Where the device lends pages of page_slots slots, every context and cache is reckoned up to a whole page.
+    """
+
+    def __init__(
+        self, *, budget_bytes: int, bytes_per_context_token: int, bytes_per_slot: int, page_slots: int = 1
+    ) -> None:
         self.budget_bytes = budget_bytes
         self.reserved_bytes = 0
         self._context_token = bytes_per_context_token
         self._slot = bytes_per_slot
+        self._page_slots = page_slots
 
     def required_bytes(self, request: Request) -> int:
         """What the request holds at its longest."""
-        own = sum(request.context_lengths) * self._context_token + request.max_slots * self._slot
-        return own + request.pass_bytes
+        page = self._page_slots
+        tokens = sum(-(-length // page) * page for length in request.context_lengths)
+        slots = request.max_slots + request.max_caches * (page - 1)
+        return tokens * self._context_token + slots * self._slot + request.pass_bytes
 
     def can_ever_fit(self, request: Request) -> bool:
         """Whether an empty device would take it."""

@@ -31,6 +31,7 @@ class EngineCore:
             budget_bytes=cache_budget_bytes,
             bytes_per_context_token=runner.backbone.context_bytes(1),
             bytes_per_slot=runner.backbone.slot_bytes(),
+            page_slots=runner.backbone.page_slots,
         )
         self._scheduler = Scheduler(self._cache, limits)
         self._steps = 0

@@ -23,6 +23,7 @@ from generator_service.engine.search import FoundHypothesis, PoolKey, Search
 from generator_service.engine.search_pool import SearchPool, StepScores
 from generator_service.model.backbone import Backbone, RowBatch, RowBlock
 from generator_service.model.kv_cache import ContextStates
+from generator_service.model.paged.arena import ArenaFullError
 from generator_service.model.question_encoder import QuestionEncoder
 from generator_service.types import Hypothesis, QuestionScore, Strategy
 
@@ -82,7 +83,7 @@ class ModelRunner:
         """
         try:
             return self._execute(schedule)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, ArenaFullError) as error:
             raise DeviceMemoryError from error
         except RuntimeError as error:
             if _CPU_OUT_OF_MEMORY in str(error):

@@ -104,6 +104,18 @@ class Request:
         )
 
     @property
+    def max_caches(self) -> int:
+        """Self-attention caches, one a context, that it ever takes: of its searches, of scoring, of tracing."""
+        match self.work:
+            case GenerateAnswer():
+                scoring = self.work.strategy is Strategy.RAG_SEQUENCE
+                return (1 + scoring + self.work.trace) * len(self.work.contexts)
+            case ScoreTarget():
+                return len(self.work.contexts)
+            case EncodeQuestion() | QuestionPass() | ForwardPass():
+                return 0
+
+    @property
     def max_slots(self) -> int:
         """Self-attention slots of all its searches at their longest, and of scoring its candidates."""
         match self.work:

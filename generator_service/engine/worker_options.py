@@ -24,6 +24,7 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_past_key_values: int = 64
     past_key_values_bytes: int = 256 << 20
     past_key_values_expires_s: float = 60.0
+    cuda_graphs: bool = True
 
     def to_json(self) -> str:
         """As text."""

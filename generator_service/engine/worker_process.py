@@ -36,6 +36,7 @@ from generator_service.engine.past_store import PastStore
 from generator_service.engine.scheduler import SchedulerLimits
 from generator_service.engine.worker_options import WorkerOptions
 from generator_service.model.loader import LoadedModel, load
+from generator_service.model.paged.backbone import PagedBackbone, paged
 from generator_service.types import Compatibility, GenerationSettings, SequenceDecoding, Strategy
 from rag_serving.logging import configure_logging
 
@@ -71,6 +72,13 @@ class WorkerProcess:
             torch.set_num_threads(options.threads or num_cores())
         loaded = load(options.source, device)
         budget = options.cache_budget_bytes or _automatic_budget(device)
+        backbone = loaded.backbone
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            graph_rows = options.max_rows if options.cuda_graphs else 0
+            backbone = paged(backbone, budget_bytes=budget, max_rows=graph_rows)
+            if isinstance(backbone, PagedBackbone):
+                backbone.warm_up()
         limits = SchedulerLimits(
             max_rows=options.max_rows,
             max_context_tokens=options.max_context_tokens,
@@ -86,7 +94,7 @@ class WorkerProcess:
             ),
             max_output_bytes=options.max_forward_bytes,
         )
-        runner = ModelRunner(loaded.backbone, loaded.question_encoder, device, passes)
+        runner = ModelRunner(backbone, loaded.question_encoder, device, passes)
         core = EngineCore(runner, cache_budget_bytes=budget, limits=limits)
         started = time.perf_counter()
         _warm_up(core, loaded)
@@ -95,9 +103,9 @@ class WorkerProcess:
         )
         encoder = loaded.question_encoder
         return core, Ready(
-            decoder=loaded.backbone.name,
-            vocab_size=loaded.backbone.vocab_size,
-            max_positions=loaded.backbone.max_positions,
+            decoder=backbone.name,
+            vocab_size=backbone.vocab_size,
+            max_positions=backbone.max_positions,
             cache_budget_bytes=budget,
             num_parameters=loaded.num_parameters,
             dtype=loaded.dtype,

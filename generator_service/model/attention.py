@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generator_service.model.backbone import RowBatch
+from generator_service.model.paged.rows import PagedRows
 
 
 def encoder_attention(
@@ -50,6 +51,8 @@ def self_attention(
 
     qkv [rows, 3 * inner]; masks are additive [1, heads or 1, rows, slots] a block, or None; returns [rows, inner].
     """
+    if isinstance(batch, PagedRows):
+        return batch.self_attention(qkv, layer, heads, scale=scale)
     inner = qkv.shape[1] // 3
     out = torch.empty_like(qkv[:, :inner])
     for (block, start, end), mask in zip(batch.spans(), masks, strict=True):
@@ -63,6 +66,8 @@ def self_attention(
 
 def cross_attention(query: Tensor, batch: RowBatch, layer: int, heads: int, *, scale: float | None) -> Tensor:
     """Attention of rows to their context: query [rows, inner] -> [rows, inner]. No pads, so no masks."""
+    if isinstance(batch, PagedRows):
+        return batch.cross_attention(query, layer, heads, scale=scale)
     out = torch.empty_like(query)
     for block, start, _ in batch.spans():
         rows = int(block.token_ids.shape[0])

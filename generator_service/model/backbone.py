@@ -69,6 +69,8 @@ class Backbone(Protocol):
     vocab_size: int
     max_positions: int | None
     """Longest context and answer that the position embeddings allow; None where there is no limit."""
+    page_slots: int
+    """Slots that a context or cache takes at a time: 1 where memory is not in pages."""
 
     def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
         """Encode contexts, each int64 [length] with no pads, and project keys and values for all decoder layers."""
@@ -96,6 +98,7 @@ class AttentionBackbone(nn.Module):
     heads: int
     head_dim: int
     embedding: nn.Parameter
+    page_slots: int = 1
 
     def new_cache(self, num_contexts: int) -> SelfCache:
         """As Backbone.new_cache."""

@@ -17,6 +17,7 @@ class GeneralBackbone(nn.Module):
     """An AutoModelForSeq2SeqLM behind the backbone contract; its states are logits already."""
 
     name = "general"
+    page_slots = 1
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -44,6 +44,8 @@ def load(source: ModelSource, device: torch.device) -> LoadedModel:
     if encoder is not None:
         encoder = encoder.eval().to(device=device, dtype=torch.float32)
     generator = generator.eval().to(device=device, dtype=dtype)
+    if dtype is torch.float16:
+        _keep_in_float32(generator)
     count = sum(p.numel() for m in (encoder, generator) if m is not None for p in m.parameters())
     question_encoder = None
     if encoder is not None:
@@ -62,6 +64,14 @@ def as_backbone(generator: Any, decoder: str = "auto") -> Backbone:
         return GeneralBackbone(generator)
     with torch.no_grad():
         return family(generator).eval()
+
+
+def _keep_in_float32(generator: Any) -> None:
+    """As transformers: T5's feed-forward outputs are beyond the range of float16."""
+    kept = generator._keep_in_fp32_modules or ()  # noqa: SLF001  (it has no public name)
+    for name, module in generator.named_modules():
+        if name.rpartition(".")[2] in kept:
+            module.float()
 
 
 def _load_pair(source: ModelSource) -> tuple[Any, Any]:

@@ -1,0 +1,48 @@
+"""Compiles every variant of the kernels for an H100, which needs no GPU; prints them. Run by test_paged_kernels."""
+
+import itertools
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from generator_service.model.paged import attend, kernels
+
+H100 = GPUTarget("cuda", 90, 32)
+STATES = ("query", "keys", "values", "out")
+POINTERS = {
+    "tiles": "*i32",
+    "pages": "*i32",
+    "words": "*i32",
+    "positions": "*i64",
+    "slot_positions": "*i32",
+    "bias": "*fp32",
+}
+
+
+def compiled(kernel, types, constants):
+    signature = {n: types.get(n, "i32") for n in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+    return triton.compile(ASTSource(kernel, signature, constexprs=constants), target=H100)
+
+
+def attention(dtype, column, has_bias):
+    constants = {
+        "COLUMN": column,
+        "TILE_COLUMNS": attend.TILE_COLUMNS,
+        "PAGE_SLOTS": attend.PAGE_SLOTS,
+        "ROWS": attend.TILE_ROWS,
+        "SLOTS": 32,
+        "HEAD_DIM": 64,
+        "HAS_WORDS": column == attend.SELF,
+        "HAS_BIAS": has_bias,
+    }
+    types = POINTERS | dict.fromkeys(STATES, f"*{dtype}") | {"scale": "fp32"}
+    return compiled(kernels._attend_kernel, types, constants)
+
+
+for dtype, (column, has_bias) in itertools.product(
+    ("bf16", "fp16", "fp32"), ((attend.CROSS, False), (attend.SELF, False), (attend.SELF, True))
+):
+    ptx = attention(dtype, column, has_bias).asm["ptx"]
+    assert dtype == "fp32" or "mma" in ptx, "half precision goes through the tensor cores"
+    print("attention", dtype, column, has_bias)
