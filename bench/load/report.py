@@ -1,6 +1,7 @@
 """Rows of a benchmark: a table for people, lines of JSON for programs."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ def show(title: str, rows: Sequence[Row], console: Console) -> None:
 
 
 def write(rows: Sequence[Row], file: Path | None) -> None:
-    """Writes one JSON object a line, where a file is asked for."""
+    """Writes one JSON object a line, where a file is asked for; nan, which JSON lacks, is null."""
     if file is not None:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        file.write_text("".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows), "utf-8")
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
 def _cell(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The load generator: when it asks, what it counts, and both programs over services that really run."""
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bench.load import batching, checkpoint, served
+from bench.load import batching, checkpoint, report, served
 from bench.load.arrivals import MAX_ARRIVALS, poisson
 from bench.load.driver import GENERATE, Driver, connect
 from bench.load.latency import OK, Outcome, summarize
@@ -65,6 +66,12 @@ def test_nothing_answered_has_no_percentiles() -> None:
     assert (found.answered, found.errors) == (0, {"UNAVAILABLE": 1})
     assert math.isnan(found.p50_ms)
     assert math.isnan(summarize([]).p99_ms)
+
+
+def test_rows_are_json_even_where_a_figure_is_missing(tmp_path: Path) -> None:
+    report.write([{"p50_ms": math.nan, "p99_ratio": None, "errors": {"UNAVAILABLE": 1}}], tmp_path / "rows")
+    row = json.loads((tmp_path / "rows").read_text("utf-8"))
+    assert row == {"p50_ms": None, "p99_ratio": None, "errors": {"UNAVAILABLE": 1}}
 
 
 class Slow:
