@@ -4,6 +4,7 @@
     ├── InvalidArgumentError       INVALID_ARGUMENT     the request itself is wrong; names the fields
     ├── NotFoundError              NOT_FOUND            the thing asked for does not exist
     ├── FailedPreconditionError    FAILED_PRECONDITION  the two sides do not fit, or the state forbids it
+    ├── AbortedError               ABORTED              someone else was faster; read again, then decide
     ├── ResourceExhaustedError     RESOURCE_EXHAUSTED   too much work at once; says when to come again
     ├── UnavailableError           UNAVAILABLE          a part is down for now; says when to come again
     ├── DeadlineExceededError      DEADLINE_EXCEEDED    the caller's time ran out
@@ -88,6 +89,13 @@ class FailedPreconditionError(RagError):
 
     status = "FAILED_PRECONDITION"
     reason = "FAILED_PRECONDITION"
+
+
+class AbortedError(RagError):
+    """What the request was based on has changed meanwhile: read it again before asking again."""
+
+    status = "ABORTED"
+    reason = "ABORTED"
 
 
 class _RetryLaterError(RagError):

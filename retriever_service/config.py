@@ -59,6 +59,40 @@ class RetrieverSettings(ServiceSettings):
         False, description="map the index file instead of reading it: a start at once, pages as they are used"
     )
 
+    read_only: bool = Field(False, description="take no changes; search what another retriever writes")
+    embedding_model: str | None = Field(
+        None,
+        description="passage encoder, folder or hub name, for documents that come without embeddings; it must be"
+        " the one that the index was made with",
+    )
+    embedding_device: str = Field("cpu", description="where the passage encoder runs: cpu, cuda or cuda:N")
+    max_change_documents: int = Field(
+        1000, ge=1, description="documents of a change, and of a page of ListDocuments, at most"
+    )
+    max_text_bytes: int = Field(1 << 20, ge=1, description="bytes of a document's title or text at most")
+    compact_after: int = Field(
+        100_000,
+        ge=0,
+        description="changed documents after which a compaction begins by itself; 0 leaves it to CompactIndex",
+    )
+    generations_kept: int = Field(
+        2,
+        ge=1,
+        description="generations that serve at once, for requests that pin one; each holds its index in memory",
+    )
+    request_ids_kept: int = Field(
+        100_000, ge=1, description="request_ids of changes that are remembered, the newest"
+    )
+    activation_root: Path | None = Field(
+        None, description="ActivateIndex takes folders below this one; none takes index_folder's parent"
+    )
+    follow_interval_s: float = Field(
+        1.0,
+        gt=0,
+        le=3600,
+        description="seconds after which a retriever that takes no changes looks for those of another",
+    )
+
     max_combined_length: int | None = Field(
         None, ge=8, description="tokens of a context at most; none takes the checkpoint's, or 300"
     )

@@ -1,12 +1,24 @@
 """The retriever's own errors; statuses and the meaning of each base stand in rag_serving.errors.
 
 InvalidArgumentError
-└── InvalidSearchParametersError   INVALID_SEARCH_PARAMETERS  a knob that this kind of index does not have
+├── InvalidSearchParametersError   INVALID_SEARCH_PARAMETERS  a knob that this kind of index does not have
+└── RequestIdReusedError           REQUEST_ID_REUSED          another change has that request_id
 FailedPreconditionError
 ├── ExpectationError               EXPECTATION_MISMATCH       the caller was built for another index
-└── NoQuestionTokenizerError       NO_QUESTION_TOKENIZER      question_input_ids cannot be decoded here
+├── NoQuestionTokenizerError       NO_QUESTION_TOKENIZER      question_input_ids cannot be decoded here
+├── NoPassageEncoderError          NO_PASSAGE_ENCODER         documents without embeddings, and no model for them
+├── GenerationGoneError            GENERATION_GONE            the pinned generation serves no more
+├── ReadOnlyError                  INDEX_READ_ONLY            another service writes to the folder, or nobody may
+├── OperationRunningError          OPERATION_RUNNING          one compaction or activation at a time
+└── CompactionError                COMPACTION_IMPOSSIBLE      these documents cannot become an index of this kind
+AbortedError
+├── EtagError                      ETAG_MISMATCH              the document is not the version that was named
+└── KeyExistsError                 KEY_EXISTS                 create_only, and the key is taken
+NotFoundError
+└── OperationNotFoundError         OPERATION_NOT_FOUND        no such operation in this process
 ResourceExhaustedError
-└── OverloadedError                RETRIEVER_OVERLOADED       too many questions wait
+├── OverloadedError                RETRIEVER_OVERLOADED       too many questions wait
+└── DiskFullError                  DISK_FULL                  no room for the change; reading goes on
 DataLossError
 └── DamagedIndexError              INDEX_DAMAGED              a file of the index is not what was written
 StartupError
@@ -15,10 +27,14 @@ StartupError
 └── BuildError                     BUILD_FAILED               `rag-index build` cannot go on; says where
 """
 
+from collections.abc import Sequence
+
 from rag_serving.errors import (
+    AbortedError,
     DataLossError,
     FailedPreconditionError,
     InvalidArgumentError,
+    NotFoundError,
     ResourceExhaustedError,
     StartupError,
 )
@@ -46,6 +62,83 @@ class NoQuestionTokenizerError(FailedPreconditionError):
     """The request gives question_input_ids, and this retriever was started without a question tokenizer."""
 
     reason = "NO_QUESTION_TOKENIZER"
+
+
+class RequestIdReusedError(InvalidArgumentError):
+    """A change under a request_id that names another change already."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__("request_id", "names another change already", request_id, reason="REQUEST_ID_REUSED")
+
+
+class NoPassageEncoderError(FailedPreconditionError):
+    """Documents came without embeddings, and the service was started without --embedding-model."""
+
+    reason = "NO_PASSAGE_ENCODER"
+
+
+class GenerationGoneError(FailedPreconditionError):
+    """The request pins a generation that does not serve: dropped, or never there."""
+
+    reason = "GENERATION_GONE"
+
+    def __init__(self, generation: int, serving: Sequence[int]) -> None:
+        super().__init__(
+            f"generation {generation} does not serve; {', '.join(map(str, serving))} can be pinned",
+            metadata={"generation": str(generation), "serving": ",".join(map(str, serving))},
+        )
+
+
+class ReadOnlyError(FailedPreconditionError):
+    """This service takes no changes; the message says why."""
+
+    reason = "INDEX_READ_ONLY"
+
+
+class OperationRunningError(FailedPreconditionError):
+    """Another compaction or activation runs; the message names it."""
+
+    reason = "OPERATION_RUNNING"
+
+
+class CompactionError(FailedPreconditionError):
+    """The documents cannot become a snapshot; the message says why. What serves, serves on."""
+
+    reason = "COMPACTION_IMPOSSIBLE"
+
+
+class EtagError(AbortedError):
+    """A document is not the version that the change was meant for."""
+
+    reason = "ETAG_MISMATCH"
+
+    def __init__(self, key: str, given: str, stored: str | None) -> None:
+        is_there = "there is no such document" if stored is None else f"the stored one is {stored!r}"
+        super().__init__(
+            f"document {key!r}: etag {given!r} was given, {is_there}",
+            metadata={"key": key, "etag": stored or ""},
+        )
+
+
+class KeyExistsError(AbortedError):
+    """A document to create is there already."""
+
+    reason = "KEY_EXISTS"
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"document {key!r} is already there", metadata={"key": key})
+
+
+class OperationNotFoundError(NotFoundError):
+    """No operation of that name in this process; operations end with the process."""
+
+    reason = "OPERATION_NOT_FOUND"
+
+
+class DiskFullError(ResourceExhaustedError):
+    """The disk has no room for the change; nothing of it was written, and reading goes on."""
+
+    reason = "DISK_FULL"
 
 
 class OverloadedError(ResourceExhaustedError):

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -27,14 +28,17 @@ from retriever_service.context.tokenizer import (
     load_context_tokenizer,
     load_question_tokenizer,
 )
-from retriever_service.errors import DamagedIndexError
+from retriever_service.corpus.active import read_active
+from retriever_service.corpus.base import Generation
+from retriever_service.corpus.local import LocalCorpus
+from retriever_service.corpus_wire import ChangeLimits
+from retriever_service.generations import Generations
 from retriever_service.index.faiss_index import FaissIndex, set_num_threads
-from retriever_service.index.manifest import Manifest
-from retriever_service.index.snapshot import Snapshot
+from retriever_service.index.manifest import Embedding, Manifest
+from retriever_service.maintenance import Encoder, Maintenance
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.retriever import Retriever, RetrieverLimits
 from retriever_service.servicer import SERVICE_NAME, RequestLimits, RetrieverServicer
-from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import Query
 
 logger = logging.getLogger(__name__)
@@ -47,12 +51,25 @@ _WARMUP = "warmup"
 class Loaded:
     """Everything that is read before the ports open."""
 
-    manifest: Manifest
-    index: FaissIndex
-    store: SqliteStore
+    corpus: LocalCorpus
     assembler: ContextAssembler
     question_tokenizer: QuestionTokenizer | None
     limits: RequestLimits
+    encoder: Encoder | None
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What serves inside the running event loop."""
+
+    generations: Generations
+    maintenance: Maintenance
+    servicer: RetrieverServicer
+
+    async def close(self) -> None:
+        """Stops operations and changes, then the generations, and closes their corpora."""
+        await self.maintenance.close()
+        await self.generations.close()
 
 
 def main() -> None:
@@ -69,67 +86,107 @@ async def serve(settings: RetrieverSettings, started: Callable[[int, int], None]
     """
     loaded = await asyncio.to_thread(load, settings)
     metrics = Metrics("retriever")
-    retriever = make_retriever(loaded, settings, RetrieverMetrics(metrics))
+    serving = make_serving(loaded, settings, RetrieverMetrics(metrics))
     readiness = Readiness(_WARMUP)
     server = GrpcServer(settings, service_names=[SERVICE_NAME], readiness=readiness, metrics=metrics)
-    servicer = RetrieverServicer(retriever, loaded.manifest, loaded.limits)
-    retriever_service_pb2_grpc.add_RetrieverServiceServicer_to_server(servicer, server.registrar)
+    retriever_service_pb2_grpc.add_RetrieverServiceServicer_to_server(serving.servicer, server.registrar)
     side_port = SidePort(settings, readiness=readiness, metrics=metrics)
 
     async def warm_up() -> None:
-        await warm_up_retriever(retriever, loaded.limits)
+        current = serving.generations.current
+        await warm_up_retriever(loaded.limits, current.retriever)
         readiness.set_met(_WARMUP)
         logger.info(
-            "serving", extra={"ntotal": loaded.manifest.ntotal, "generation": loaded.manifest.generation}
+            "serving",
+            extra={
+                "ntotal": current.generation.index.ntotal,
+                "generation": current.generation.number,
+                "read_only": current.corpus.read_only_reason or "",
+            },
         )
+        serving.maintenance.compact_if_due()
         if started is not None:
             started(server.port, side_port.port)
 
+    following = asyncio.create_task(serving.maintenance.follow(settings.follow_interval_s), name="follow")
     try:
         await serve_until_stopped(server, side_port, warm_up=warm_up)
     finally:
-        await retriever.close()
+        following.cancel()
+        await asyncio.wait([following])
+        await serving.close()
 
 
 def load(settings: RetrieverSettings) -> Loaded:
     """Reads index, documents and tokenizers. Raises a RagError that says what is missing or damaged."""
-    snapshot = Snapshot.open(settings.index_folder)
-    if settings.verify:
-        snapshot.verify()
-    manifest = snapshot.manifest
-    index = FaissIndex.load(snapshot.index_file, memory_map=settings.memory_map)
-    if (index.ntotal, index.dimension, index.metric) != (
-        manifest.ntotal,
-        manifest.dimension,
-        manifest.metric,
-    ):
-        raise DamagedIndexError(snapshot.index_file, "ntotal, dimension or metric are not the manifest's")
-    store = SqliteStore(snapshot.documents_file, manifest.dimension)
-    if len(store) != manifest.ntotal:
-        raise DamagedIndexError(snapshot.documents_file, f"{len(store)} documents, not {manifest.ntotal}")
-    defaults = load_context_defaults(settings.generator_checkpoint)
-    assembler = _assembler(settings, defaults)
-    question_tokenizer = load_question_tokenizer(
-        settings.question_tokenizer or settings.generator_checkpoint,
-        required=settings.question_tokenizer is not None,
+    folder, offset = read_active(settings.index_folder)
+    corpus = open_corpus(settings, folder, offset)
+    try:
+        manifest = corpus.generation.manifest
+        defaults = load_context_defaults(settings.generator_checkpoint)
+        assembler = _assembler(settings, defaults)
+        question_tokenizer = load_question_tokenizer(
+            settings.question_tokenizer or settings.generator_checkpoint,
+            required=settings.question_tokenizer is not None,
+        )
+        limits = _limits(settings, defaults, manifest, assembler, question_tokenizer)
+        encoder = _encoder(settings.embedding_model, settings.embedding_device, manifest.embedding)
+    except BaseException:
+        corpus.close()
+        raise
+    return Loaded(corpus, assembler, question_tokenizer, limits, encoder)
+
+
+def open_corpus(settings: RetrieverSettings, folder: Path, number_offset: int) -> LocalCorpus:
+    """Opens an index folder as the settings say. Raises MissingIndexError, DamagedIndexError, DiskFullError."""
+    return LocalCorpus(
+        folder,
+        load_index=functools.partial(FaissIndex.load, memory_map=settings.memory_map),
+        verify=settings.verify,
+        number_offset=number_offset,
+        generations_kept=settings.generations_kept,
+        requests_kept=settings.request_ids_kept,
+        take_changes=not settings.read_only,
     )
-    limits = _limits(settings, defaults, manifest, assembler, question_tokenizer)
-    return Loaded(manifest, index, store, assembler, question_tokenizer, limits)
 
 
-def make_retriever(loaded: Loaded, settings: RetrieverSettings, metrics: RetrieverMetrics) -> Retriever:
-    """Puts the retriever together inside the running event loop."""
+def make_serving(loaded: Loaded, settings: RetrieverSettings, metrics: RetrieverMetrics) -> Serving:
+    """Puts together what serves, inside the running event loop."""
+
+    def make_retriever(generation: Generation) -> Retriever:
+        return _retriever(generation, loaded, settings, metrics)
+
+    generations = Generations(loaded.corpus, make_retriever, metrics, kept=settings.generations_kept)
+    home = settings.index_folder
+    maintenance = Maintenance(
+        generations,
+        functools.partial(open_corpus, settings),
+        functools.partial(warm_up_retriever, loaded.limits),
+        home=home,
+        activation_root=settings.activation_root or home.absolute().parent,
+        encoder=loaded.encoder,
+        compact_after=settings.compact_after,
+        activation_refused=loaded.corpus.read_only_reason,
+    )
+    change_limits = ChangeLimits(settings.max_change_documents, settings.max_text_bytes)
+    servicer = RetrieverServicer(generations, maintenance, loaded.assembler, loaded.limits, change_limits)
+    return Serving(generations, maintenance, servicer)
+
+
+def _retriever(
+    generation: Generation, loaded: Loaded, settings: RetrieverSettings, metrics: RetrieverMetrics
+) -> Retriever:
     search_executor = None
     if settings.search_threads:
         search_executor = ThreadPoolExecutor(
             1, "search", initializer=set_num_threads, initargs=(settings.search_threads,)
         )
     return Retriever(
-        loaded.index,
-        loaded.store,
+        generation.index,
+        generation.store,
         loaded.assembler,
         metrics,
-        generation=loaded.manifest.generation,
+        generation=generation.number,
         question_tokenizer=loaded.question_tokenizer,
         limits=RetrieverLimits(
             batch_window_s=settings.batch_window_ms / 1000,
@@ -143,16 +200,40 @@ def make_retriever(loaded: Loaded, settings: RetrieverSettings, metrics: Retriev
     )
 
 
-async def warm_up_retriever(retriever: Retriever, limits: RequestLimits) -> None:
-    """Searches and assembles once, with the first document's own embedding as the question."""
-    first = await asyncio.to_thread(retriever.store.embeddings_of, [0])
+async def warm_up_retriever(limits: RequestLimits, retriever: Retriever) -> None:
+    """Searches and assembles once, with a question of no meaning."""
+    dimension = retriever.index.dimension
     query = Query(
-        question_hidden_states=np.asarray(first),
+        question_hidden_states=np.full((1, dimension), 1 / np.sqrt(dimension), dtype=np.float32),
         n_docs=limits.default_n_docs,
         max_combined_length=limits.max_combined_length,
         question_texts=["warm up"],
     )
     await retriever.retrieve(query)
+
+
+def _encoder(source: str | None, device: str, embedding: Embedding) -> Encoder | None:
+    """Loads the passage encoder with the settings that the index was made with."""
+    if source is None:
+        return None
+    # Imported here: a retriever that embeds nothing needs no torch.
+    from retriever_service.ingest.embed import DEFAULT_TEMPLATE, PassageEncoder, Pooling  # noqa: PLC0415
+
+    encoder = PassageEncoder(
+        source,
+        name=embedding.name.partition("@sha256:")[0],
+        pooling=Pooling(embedding.pooling or Pooling.MEAN),
+        normalize=bool(embedding.normalize),
+        max_length=embedding.max_length,
+        template=embedding.passage_template or DEFAULT_TEMPLATE,
+        device=device,
+    )
+    made = encoder.description()
+    if embedding.digest is not None and made.digest != embedding.digest:
+        raise StartupError(
+            f"--embedding-model {source} has digest {made.digest}, the index was made with {embedding.digest}"
+        )
+    return encoder
 
 
 def _assembler(settings: RetrieverSettings, defaults: ContextDefaults) -> ContextAssembler:

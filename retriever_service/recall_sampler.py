@@ -3,7 +3,6 @@
 import random
 import time
 from concurrent.futures import Executor, Future
-from typing import Any
 
 import numpy as np
 
@@ -46,7 +45,7 @@ class RecallSampler:
         self, vectors: Float32Array, n_docs: int, rows: Int64Array, selection: Selection | None
     ) -> None:
         """Takes vectors float32 [batch, dim] and the rows found for them, and samples at most one question."""
-        if self._rate == 0 or len(self._store) == 0:
+        if self._rate == 0 or self._index.ntotal == 0:
             return
         chosen = [place for place in range(len(vectors)) if self._random.random() < self._rate]
         busy = self._running is not None and not self._running.done()
@@ -61,7 +60,7 @@ class RecallSampler:
         self, vector: Float32Array, n_docs: int, rows: Int64Array, selection: Selection | None
     ) -> None:
         began_s = time.monotonic()
-        among: Any = range(len(self._store)) if selection is None else selection.rows
+        among = self._store.rows() if selection is None else selection.rows
         best = exact_search(self._store, vector, n_docs, self._index.metric, among)[0]
         if len(best):
             self._metrics.live_recall_ratio.observe(float(np.isin(best, rows).mean()))

@@ -64,9 +64,6 @@ class Retriever:
         limits: RetrieverLimits | None = None,
         search_executor: ThreadPoolExecutor | None = None,
     ) -> None:
-        """Raises DataLossError where index and store do not hold the same number of rows."""
-        if index.ntotal != len(store):
-            raise DataLossError(f"the index holds {index.ntotal} vectors, the store {len(store)} documents")
         self.index = index
         self.store = store
         self.assembler = assembler
@@ -91,8 +88,6 @@ class Retriever:
         )
         self._questions_in_flight = 0
         self._mean_latency_s = 0.01
-        metrics.index_vectors.set(index.ntotal)
-        metrics.index_generation.set(generation)
 
     async def retrieve(self, query: Query) -> Retrieved:
         """Finds and assembles the documents of a batch.
@@ -138,12 +133,11 @@ class Retriever:
         return await asyncio.get_running_loop().run_in_executor(self._pool, read)
 
     async def close(self) -> None:
-        """Stops the threads and closes the store."""
+        """Stops the threads; index and store belong to who opened them."""
         await self._batcher.close()
         self._search_executor.shutdown()
         self._sampling.shutdown(cancel_futures=True)
         self._pool.shutdown()
-        self.store.close()
 
     def _admit(self, batch: int) -> None:
         if (
@@ -218,7 +212,7 @@ class Retriever:
 
     def _fetch(self, rows: Int64Array) -> list[list[Document | None]]:
         wanted = rows[rows >= 0].tolist()
-        read = self.store.documents_by_row(wanted)
+        read = self.store.documents_by_row(wanted, replaced=True)
         missing = set(wanted) - set(read)
         if missing:
             raise DataLossError(f"the index names row {min(missing)}, which the store does not have")

@@ -1,4 +1,4 @@
-"""Filters as rows: each evaluated once for an index that does not change, and kept while it is used."""
+"""Filters as rows: each evaluated once for a version of the corpus, and kept while it is used."""
 
 import asyncio
 from collections import OrderedDict
@@ -28,7 +28,7 @@ class Selections:
 
     async def of(self, condition: Filter) -> Selection:
         """Returns the rows that meet the condition. Raises what the store raises."""
-        key = repr(condition)
+        key = f"{self._store.version} {condition!r}"
         kept = self._kept.get(key)
         if kept is not None:
             self._kept.move_to_end(key)

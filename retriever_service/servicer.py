@@ -1,24 +1,24 @@
 """rag.retriever.v1 on the wire: protobuf <-> domain, nothing else; what is wrong is refused by its name."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rag.retriever.v1 import document_pb2, retriever_service_pb2, retriever_service_pb2_grpc
+from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag_serving import tensor_codec
 from rag_serving.errors import InvalidArgumentError
 from rag_serving.interceptors.base import Context
-from retriever_service.errors import ExpectationError
+from retriever_service.context.assembler import ContextAssembler
+from retriever_service.corpus_servicer import CorpusServicer, IndexDefaults
+from retriever_service.corpus_wire import ChangeLimits, document
 from retriever_service.filter_wire import read_filter
-from retriever_service.index.manifest import Manifest
-from retriever_service.retriever import Retriever
+from retriever_service.generations import Generations
+from retriever_service.maintenance import Maintenance
 from retriever_service.types import (
     MAX_NORM,
-    Document,
     Float32Array,
     Int64Array,
-    Metric,
     Query,
     Retrieved,
     SearchParameters,
@@ -27,10 +27,6 @@ from retriever_service.types import (
 
 SERVICE_NAME: str = retriever_service_pb2.DESCRIPTOR.services_by_name["RetrieverService"].full_name
 
-_METRICS = {
-    Metric.INNER_PRODUCT: document_pb2.METRIC_INNER_PRODUCT,
-    Metric.L2: document_pb2.METRIC_L2,
-}
 _TRUNCATIONS: dict[int, Truncation] = {
     document_pb2.TRUNCATION_UNSPECIFIED: Truncation.KEEP_QUESTION,
     document_pb2.TRUNCATION_KEEP_QUESTION: Truncation.KEEP_QUESTION,
@@ -41,7 +37,7 @@ _NO_DOCUMENT = document_pb2.Document(row=-1)
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request may ask for, and what it gets where it does not say."""
+    """What a request may ask for, and what it gets where it does not say; `dimension` is the index's."""
 
     dimension: int
     default_n_docs: int
@@ -56,32 +52,42 @@ class RequestLimits:
     num_question_tokens: int | None
 
 
-class RetrieverServicer(retriever_service_pb2_grpc.RetrieverServiceServicer):
-    """Serves one Retriever. What it raises becomes a status in the error interceptor."""
+class RetrieverServicer(CorpusServicer):
+    """Serves the generations. What it raises becomes a status in the error interceptor."""
 
-    def __init__(self, retriever: Retriever, manifest: Manifest, limits: RequestLimits) -> None:
-        self._retriever = retriever
-        self._manifest = manifest
+    def __init__(
+        self,
+        generations: Generations,
+        maintenance: Maintenance,
+        assembler: ContextAssembler,
+        limits: RequestLimits,
+        change_limits: ChangeLimits | None = None,
+    ) -> None:
+        defaults = IndexDefaults(limits.default_n_docs, limits.max_n_docs, limits.max_combined_length)
+        super().__init__(generations, maintenance, assembler, defaults, change_limits or ChangeLimits())
         self._limits = limits
 
     async def Retrieve(  # noqa: N802  (the contract's name)
         self, request: retriever_service_pb2.RetrieveRequest, _context: Context
     ) -> retriever_service_pb2.RetrieveResponse:
         """Finds n_docs documents for each question and assembles the generator's input."""
-        self._check_expectation(request.expectation)
-        query = _read_query(request, self._limits)
-        retrieved = await self._retriever.retrieve(query)
-        return _response(retrieved, request)
+        with self._generations.lease(request.generation) as served:
+            manifest = served.generation.manifest
+            self.check_expectation(request.expectation, manifest)
+            self._expectations.remember(request.expectation)
+            query = _read_query(request, replace(self._limits, dimension=manifest.dimension))
+            return _response(await served.retriever.retrieve(query), request)
 
     async def GetDocuments(  # noqa: N802
         self, request: retriever_service_pb2.GetDocumentsRequest, _context: Context
     ) -> retriever_service_pb2.GetDocumentsResponse:
         """Reads documents by key or by row."""
         _check_get_documents(request, self._limits)
-        by_key, by_row = await self._retriever.documents(list(request.keys), list(request.rows))
+        with self._generations.lease() as served:
+            by_key, by_row = await served.retriever.documents(list(request.keys), list(request.rows))
         found = [by_key.get(key) for key in request.keys] + [by_row.get(row) for row in request.rows]
         return retriever_service_pb2.GetDocumentsResponse(
-            documents=[_document(document) for document in found if document is not None],
+            documents=[document(one) for one in found if one is not None],
             missing_keys=[key for key in request.keys if key not in by_key],
             missing_rows=[row for row in request.rows if row not in by_row],
         )
@@ -90,43 +96,10 @@ class RetrieverServicer(retriever_service_pb2_grpc.RetrieverServiceServicer):
         self, request: retriever_service_pb2.GetIndexRequest, _context: Context
     ) -> retriever_service_pb2.GetIndexResponse:
         """Describes the index that answers now."""
-        self._check_expectation(request.expectation)
-        assembler = self._retriever.assembler
-        return retriever_service_pb2.GetIndexResponse(
-            ntotal=self._manifest.ntotal,
-            dimension=self._manifest.dimension,
-            metric=_METRICS[self._manifest.metric],
-            kind=self._manifest.kind,
-            generation=self._manifest.generation,
-            embedding_model=self._manifest.embedding.name,
-            context_tokenizer_digest=assembler.tokenizer.digest,
-            max_combined_length=self._limits.max_combined_length,
-            default_n_docs=self._limits.default_n_docs,
-            max_n_docs=self._limits.max_n_docs,
-            title_sep=assembler.title_sep,
-            doc_sep=assembler.doc_sep,
-            prefix=assembler.prefix,
-        )
-
-    def _check_expectation(self, expectation: document_pb2.Expectation) -> None:
-        """Raises ExpectationError where the caller was built for another index; what is not set fits."""
-        embedding = self._manifest.embedding
-        if expectation.embedding_model and not embedding.matches(expectation.embedding_model):
-            raise ExpectationError("embedding_model", expectation.embedding_model, embedding.name)
-        metric = _METRICS[self._manifest.metric]
-        if expectation.metric not in {document_pb2.METRIC_UNSPECIFIED, metric}:
-            raise ExpectationError("metric", _metric_name(expectation.metric), _metric_name(metric))
-        digest = self._retriever.assembler.tokenizer.digest
-        if expectation.context_tokenizer_digest and expectation.context_tokenizer_digest != digest:
-            raise ExpectationError("context_tokenizer_digest", expectation.context_tokenizer_digest, digest)
-        if expectation.dimension and expectation.dimension != self._manifest.dimension:
-            raise ExpectationError("dimension", expectation.dimension, self._manifest.dimension)
-
-
-def _metric_name(metric: int) -> str:
-    """Also of a number that has no name."""
-    value = document_pb2.Metric.DESCRIPTOR.values_by_number.get(metric)
-    return str(metric) if value is None else str(value.name)
+        served = self._generations.current
+        self.check_expectation(request.expectation, served.generation.manifest)
+        self._expectations.remember(request.expectation)
+        return self.describe(served)
 
 
 def _response(
@@ -154,12 +127,8 @@ def _response(
 
 def _documents(retrieved: Retrieved) -> Iterable[document_pb2.Document]:
     for found in retrieved.documents:
-        for document in found:
-            yield _NO_DOCUMENT if document is None else _document(document)
-
-
-def _document(document: Document) -> document_pb2.Document:
-    return document_pb2.Document(key=document.key, row=document.row, title=document.title, text=document.text)
+        for one in found:
+            yield _NO_DOCUMENT if one is None else document(one)
 
 
 def _read_query(request: retriever_service_pb2.RetrieveRequest, limits: RequestLimits) -> Query:

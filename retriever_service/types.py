@@ -32,12 +32,17 @@ class Truncation(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A passage. `row` is its number in the index, what Hugging Face calls a retrieved_doc_id."""
+    """A passage. `row` is its number in the index, what Hugging Face calls a retrieved_doc_id.
+
+    `metadata` is a JSON object as text, or None; `etag` names this version of the document.
+    """
 
     row: int
     key: str
     title: str
     text: str
+    metadata: str | None = None
+    etag: str = ""
 
 
 class Selection:

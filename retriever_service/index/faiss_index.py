@@ -99,6 +99,13 @@ class FaissIndex(VectorIndex):
         except NotImplementedError:
             return type(faiss.downcast_index(self._index)).__name__
 
+    def settings(self) -> dict[str, int]:
+        """Returns the index's own nprobe and ef_search; 1 where its kind has no such knob."""
+        return {
+            "nprobe": 1 if self._ivf is None else int(self._ivf.nprobe),
+            "ef_search": 1 if self._hnsw is None else int(self._hnsw.hnsw.efSearch),
+        }
+
     def check_parameters(self, parameters: SearchParameters) -> None:
         """Raises InvalidSearchParametersError: see VectorIndex."""
         for knob, owner in (("nprobe", self._ivf), ("ef_search", self._hnsw)):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,7 +45,11 @@ class Embedding(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a generation is. Written once, in one canonical form, with a digest of itself."""
+    """What a generation is. Written once, in one canonical form, with a digest of itself.
+
+    A compaction's documents lie with `base_generation`, the build that it goes back to, and in the changes up
+    to `sequence`; a build has its own, and neither field.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,6 +63,8 @@ class Manifest(BaseModel):
     ntotal: int = Field(ge=1)
     embedding: Embedding
     files: dict[str, FileEntry]
+    base_generation: int | None = None
+    sequence: int = Field(0, ge=0)
 
     @classmethod
     def read(cls, file: Path) -> "Manifest":
@@ -82,13 +88,18 @@ class Manifest(BaseModel):
 
     def digest(self) -> str:
         """Returns "sha256:…" of the canonical content."""
-        content = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        content = json.dumps(self._fields(), sort_keys=True, separators=(",", ":"))
         return f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
 
     def rendered(self) -> bytes:
         """Returns the one form that a manifest is written in."""
-        fields = {**self.model_dump(mode="json"), _DIGEST_FIELD: self.digest()}
+        fields = {**self._fields(), _DIGEST_FIELD: self.digest()}
         return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def _fields(self) -> dict[str, Any]:
+        """A build's manifest is that of the versions that had no compaction, byte for byte."""
+        absent = {"base_generation", "sequence"} if self.base_generation is None else set()
+        return self.model_dump(mode="json", exclude=absent)
 
 
 def sha256_of_file(file: Path) -> str:

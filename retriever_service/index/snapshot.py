@@ -2,15 +2,23 @@
 
     folder/
       CURRENT                    the generation that serves, and its manifest's digest
-      .lock                      held by the one build that may write here
-      generation-000001/
+      .lock                      held by the one build or compaction that may publish here
+      .writer.lock               held by the one retriever that may change documents here
+      ACTIVE                     the index folder that serves in place of this one, once ActivateIndex was called
+      generation-000001/         a build
         manifest.json            what the generation is, and the sha256 of each of its files
         index.faiss              the vector index
         documents.sqlite         documents and exact embeddings
+      live-000001.sqlite         every change of the documents since that build: see store.live
+      generation-000002/         a compaction of build 1 and its changes
+        manifest.json            also: the build, and the number of the last change that is in the index
+        index.faiss              the vector index
+        rows.npy                 int64: the row of each of its vectors, ascending
 
 A generation never changes once its folder has its name. A build writes into a hidden folder beside, makes it
 durable (fsync), renames it, and only then replaces CURRENT: whenever it is killed, the old generation serves.
-What it had written stays, and the next build of the same recipe goes on from there.
+What it had written stays, and the next build of the same recipe goes on from there. A server holds a shared
+lock on the generations it has open, and nobody removes a generation that is locked.
 """
 
 import contextlib
@@ -18,7 +26,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from retriever_service.errors import BuildError, DamagedIndexError, MissingIndexError
@@ -27,10 +35,13 @@ from retriever_service.index.manifest import MANIFEST_FILE, FileEntry, Manifest,
 INDEX_FILE = "index.faiss"
 DOCUMENTS_FILE = "documents.sqlite"
 CURRENT_FILE = "CURRENT"
+ROWS_FILE = "rows.npy"
 _LOCK_FILE = ".lock"
 _BUILDING_FOLDER = ".building"
+_COMPACTING_FOLDER = ".compacting"
 _RECIPE_FILE = "recipe.sha256"
 _GENERATION = re.compile(r"generation-(\d{6,})")
+_LIVE = re.compile(r"live-(\d{6,})\.sqlite(-wal|-shm|-journal)?")
 _CURRENT = re.compile(rf"({_GENERATION.pattern}) (sha256:[0-9a-f]{{64}})\n")
 
 
@@ -76,6 +87,38 @@ class Snapshot:
         """Documents and exact embeddings."""
         return self.folder / DOCUMENTS_FILE
 
+    @property
+    def rows_file(self) -> Path:
+        """The row of each vector; a compaction has one."""
+        return self.folder / ROWS_FILE
+
+    @property
+    def root(self) -> Path | None:
+        """The index folder that this generation is part of; None where it stands alone."""
+        root = self.folder.parent
+        return root if _GENERATION.fullmatch(self.folder.name) and (root / CURRENT_FILE).is_file() else None
+
+    def base(self) -> "Snapshot":
+        """The build whose documents these are: itself, unless it is a compaction.
+
+        Raises DamagedIndexError or MissingIndexError where that is not there.
+        """
+        if self.manifest.base_generation is None:
+            return self
+        return Snapshot.open(self.folder.parent / _generation_name(self.manifest.base_generation))
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keeps the generation from being removed. Raises MissingIndexError where it has just been."""
+        descriptor = _open_folder(self.folder)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if not (self.folder / MANIFEST_FILE).exists():
+                raise MissingIndexError(f"{self.folder} has just been removed")
+            yield
+        finally:
+            os.close(descriptor)
+
     def verify(self) -> None:
         """Reads every file through. Raises DamagedIndexError naming the first whose sha256 differs."""
         for name, entry in self.manifest.files.items():
@@ -104,17 +147,39 @@ def building(folder: Path, recipe: str) -> Iterator[Path]:
     another recipe clears it. Holds the index folder's lock. Raises BuildError while another build runs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BuildError(f"another build is writing to {folder}") from error
+    with _publishing(folder):
         work = folder / _BUILDING_FOLDER
         if not _made_by(work, recipe):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             (work / _RECIPE_FILE).write_text(recipe, encoding="ascii")
         yield work
+
+
+@contextlib.contextmanager
+def compacting(folder: Path) -> Iterator[Path]:
+    """Gives a compaction a hidden folder to write in, and takes it away afterwards if it was not published.
+
+    Holds the index folder's lock. Raises BuildError while a build runs.
+    """
+    with _publishing(folder):
+        work = folder / _COMPACTING_FOLDER
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _publishing(folder: Path) -> Iterator[None]:
+    with (folder / _LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BuildError(f"another build or compaction is writing to {folder}") from error
+        yield
 
 
 def unpublished(folder: Path, recipe: str) -> Snapshot | None:
@@ -135,38 +200,92 @@ def next_generation(folder: Path) -> int:
 
 
 def publish(work: Path, folder: Path, manifest: Manifest, *, keep: int) -> Snapshot:
-    """Makes the files in `work` the folder's current generation, durably, then drops all but `keep` newest.
-
-    A server still on a dropped generation keeps the files it has open; keep 2 so that it can open more.
-    """
+    """Makes the files in `work` the folder's current generation, durably, then drops old ones: see `prune`."""
     manifest.write(work / MANIFEST_FILE)
     for file in work.iterdir():
         _fsync(file)
     _fsync(work)
-    generation = folder / f"generation-{manifest.generation:06d}"
+    generation = folder / _generation_name(manifest.generation)
     work.rename(generation)
     _fsync(folder)
     return make_current(Snapshot(generation, manifest), folder, keep=keep)
 
 
 def make_current(snapshot: Snapshot, folder: Path, *, keep: int) -> Snapshot:
-    """Points CURRENT at a generation of the folder, durably, then drops all but the `keep` newest."""
-    waiting = folder / f"{CURRENT_FILE}.new"
-    waiting.write_text(f"{snapshot.folder.name} {snapshot.manifest.digest()}\n", encoding="ascii")
-    _fsync(waiting)
-    waiting.replace(folder / CURRENT_FILE)
-    _fsync(folder)
-    for _, old in _generations(folder)[keep:]:
-        shutil.rmtree(old)
+    """Points CURRENT at a generation of the folder, durably, then drops old ones: see `prune`."""
+    write_durably(folder / CURRENT_FILE, f"{snapshot.folder.name} {snapshot.manifest.digest()}\n")
+    prune(folder, keep=keep)
     return snapshot
 
 
-def file_entries(work: Path) -> dict[str, FileEntry]:
+def prune(folder: Path, *, keep: int) -> None:
+    """Removes all but the `keep` newest generations, those that a server holds, and the builds they go back to.
+
+    The changes of a build go with it.
+    """
+    generations = _generations(folder)
+    needed = {_base_number(number, path) for number, path in generations[:keep]}
+    for number, path in generations[keep:]:
+        if number not in needed and not _remove_unless_held(path):
+            needed.add(_base_number(number, path))
+    left = {number for number, _ in _generations(folder)}
+    for file in folder.iterdir():
+        live = _LIVE.fullmatch(file.name)
+        if live is not None and int(live[1]) not in left:
+            file.unlink()
+
+
+def live_file(root: Path, base_generation: int) -> Path:
+    """Where the changes since a build lie."""
+    return root / f"live-{base_generation:06d}.sqlite"
+
+
+def file_entries(work: Path, names: Sequence[str] = (DOCUMENTS_FILE, INDEX_FILE)) -> dict[str, FileEntry]:
     """Returns size and sha256 of each file of a generation, by name."""
     return {
         name: FileEntry(size_bytes=(work / name).stat().st_size, sha256=sha256_of_file(work / name))
-        for name in (DOCUMENTS_FILE, INDEX_FILE)
+        for name in names
     }
+
+
+def write_durably(file: Path, content: str) -> None:
+    """Replaces a small file at once: a reader, or a crash, finds the old content or the new."""
+    waiting = file.with_name(f"{file.name}.new")
+    waiting.write_text(content, encoding="utf-8")
+    _fsync(waiting)
+    waiting.replace(file)
+    _fsync(file.parent)
+
+
+def _generation_name(number: int) -> str:
+    return f"generation-{number:06d}"
+
+
+def _base_number(number: int, path: Path) -> int:
+    """The build that a generation goes back to; its own number where that cannot be read."""
+    try:
+        return Manifest.read(path / MANIFEST_FILE).base_generation or number
+    except DamagedIndexError:
+        return number
+
+
+def _remove_unless_held(path: Path) -> bool:
+    descriptor = _open_folder(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _open_folder(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError as error:
+        raise MissingIndexError(f"{path} has just been removed") from error
 
 
 def _made_by(work: Path, recipe: str) -> bool:

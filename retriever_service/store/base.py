@@ -8,7 +8,10 @@ from retriever_service.types import Document, Float32Array, Int64Array
 
 
 class DocumentStore(ABC):
-    """Documents and their exact embeddings; rows are 0 … len - 1, keys are unique.
+    """Documents and their exact embeddings; keys are unique, and no row is ever given twice.
+
+    In a store that changes, a document that is overwritten gets a new row, so that what a row holds never
+    changes. The old row stays readable to a search that found it, but is no document of the store any more.
 
     Reading is safe from many threads at once. Reads of a batch are one query, whatever its size, and what
     is read was written together: a document never comes with another's embedding.
@@ -19,8 +22,11 @@ class DocumentStore(ABC):
         """Number of documents."""
 
     @abstractmethod
-    def documents_by_row(self, rows: Sequence[int]) -> Mapping[int, Document]:
-        """Returns the documents of those rows that exist; repeated rows are read once."""
+    def documents_by_row(self, rows: Sequence[int], *, replaced: bool = False) -> Mapping[int, Document]:
+        """Returns the documents of those rows that exist; repeated rows are read once.
+
+        With `replaced`, also of rows whose document was overwritten or deleted meanwhile.
+        """
 
     @abstractmethod
     def documents_by_key(self, keys: Sequence[str]) -> Mapping[str, Document]:
@@ -32,6 +38,15 @@ class DocumentStore(ABC):
 
         Raises DataLossError where a row has no embedding: the index named it, so it must exist.
         """
+
+    @property
+    def version(self) -> int:
+        """Number of the last change that is shown to searches; 0 in a store that does not change."""
+        return 0
+
+    @abstractmethod
+    def rows(self) -> Int64Array:
+        """Returns the rows int64, ascending, of all documents."""
 
     @abstractmethod
     def rows_where(self, condition: Filter) -> Int64Array:

@@ -33,24 +33,24 @@ class SqliteStore(DocumentStore):
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
-        with self._reading() as connection:
-            self._num_documents = int(connection.execute("SELECT count(*) FROM documents").fetchone()[0])
-            num_embeddings = int(connection.execute("SELECT count(*) FROM embeddings").fetchone()[0])
+        self._num_documents = self._count("documents")
+        num_embeddings = self._count("embeddings")
         if num_embeddings != self._num_documents:
             raise DamagedIndexError(file, f"{num_embeddings} embeddings for {self._num_documents} documents")
 
     def __len__(self) -> int:
         return self._num_documents
 
-    def documents_by_row(self, rows: Sequence[int]) -> Mapping[int, Document]:
+    def documents_by_row(self, rows: Sequence[int], *, replaced: bool = False) -> Mapping[int, Document]:
         """Returns the documents of those rows that exist: see DocumentStore."""
-        query = "SELECT row, key, title, text FROM documents WHERE row IN"
-        return {found[0]: Document(*found) for found in self._select(query, rows)}
+        table = "versions" if replaced else "documents"
+        query = f"SELECT row, key, title, text, metadata FROM {table} WHERE row IN"  # noqa: S608  (one of two)
+        return {found[0]: self._document(found) for found in self._select(query, rows)}
 
     def documents_by_key(self, keys: Sequence[str]) -> Mapping[str, Document]:
         """Returns the documents of those keys that exist: see DocumentStore."""
-        query = "SELECT row, key, title, text FROM documents WHERE key IN"
-        return {found[1]: Document(*found) for found in self._select(query, keys)}
+        query = "SELECT row, key, title, text, metadata FROM documents WHERE key IN"
+        return {found[1]: self._document(found) for found in self._select(query, keys)}
 
     def embeddings_of(self, rows: Sequence[int]) -> Float32Array:
         """Returns float32 [len(rows), dimension], in the order asked: see DocumentStore."""
@@ -65,6 +65,10 @@ class SqliteStore(DocumentStore):
                 )
             embeddings[position] = np.frombuffer(blob, dtype=dtypes[len(blob)])
         return embeddings
+
+    def rows(self) -> Int64Array:
+        """Returns the rows of all documents: see DocumentStore."""
+        return np.arange(len(self), dtype=np.int64)
 
     def rows_where(self, condition: Filter) -> Int64Array:
         """Returns the rows whose metadata meet the condition: see DocumentStore."""
@@ -99,13 +103,25 @@ class SqliteStore(DocumentStore):
                 chunk = distinct[start : start + _VALUES_PER_QUERY]
                 yield from connection.execute(f"{query} ({','.join('?' * len(chunk))})", chunk)
 
+    def _count(self, table: str) -> int:
+        with self._reading() as connection:
+            return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])  # noqa: S608  (ours)
+
+    def _document(self, found: Sequence[Any]) -> Document:
+        return Document(*found)
+
+    def _connect(self) -> sqlite3.Connection:
+        uri = f"{self._file.absolute().as_uri()}?mode=ro&immutable=1"
+        connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
+        connection.execute("CREATE TEMP VIEW versions AS SELECT * FROM main.documents")
+        return connection
+
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         try:
             connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
             if connection is None:
-                uri = f"{self._file.absolute().as_uri()}?mode=ro&immutable=1"
-                connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
+                connection = self._connect()
                 self._local.connection = connection
                 with self._lock:
                     self._connections.append(connection)

@@ -15,7 +15,7 @@ from retriever_service.config import RetrieverSettings
 from retriever_service.index.snapshot import Snapshot
 from retriever_service.ingest.build import BuildOptions, build_index
 from retriever_service.ingest.reader import CorpusReader
-from retriever_service.main import load, make_retriever
+from retriever_service.main import load, make_serving
 from retriever_service.metrics import RetrieverMetrics
 from tests.retriever_service.tiny_models import (
     bpe_tokenizer,
@@ -78,7 +78,7 @@ def serve_retriever(
     @contextlib.asynccontextmanager
     async def serve(**overrides: Any) -> AsyncIterator[Any]:
         from rag.retriever.v1 import retriever_service_pb2_grpc
-        from retriever_service.servicer import SERVICE_NAME, RetrieverServicer
+        from retriever_service.servicer import SERVICE_NAME
 
         given = {
             "index_folder": index_folder,
@@ -94,16 +94,19 @@ def serve_retriever(
         settings = RetrieverSettings.model_validate(given | overrides)
         loaded = load(settings)
         metrics = Metrics("retriever")
-        retriever = make_retriever(loaded, settings, RetrieverMetrics(metrics))
+        serving = make_serving(loaded, settings, RetrieverMetrics(metrics))
         server = GrpcServer(settings, service_names=[SERVICE_NAME], readiness=Readiness(), metrics=metrics)
-        servicer = RetrieverServicer(retriever, loaded.manifest, loaded.limits)
-        retriever_service_pb2_grpc.add_RetrieverServiceServicer_to_server(servicer, server.registrar)
+        retriever_service_pb2_grpc.add_RetrieverServiceServicer_to_server(serving.servicer, server.registrar)
         await server.start()
         try:
             async with grpc.aio.insecure_channel(server.address) as channel:
-                yield retriever, retriever_service_pb2_grpc.RetrieverServiceStub(channel), metrics
+                yield (
+                    serving.generations.current.retriever,
+                    retriever_service_pb2_grpc.RetrieverServiceStub(channel),
+                    metrics,
+                )
         finally:
             await server.stop()
-            await retriever.close()
+            await serving.close()
 
     return serve

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rag_serving.errors import DataLossError, InvalidArgumentError
+from rag_serving.errors import InvalidArgumentError
 from rag_serving.metrics import Metrics
 from retriever_service.context.assembler import ContextAssembler
 from retriever_service.context.tokenizer import ContextTokenizer
@@ -213,15 +213,3 @@ async def test_what_cannot_be_answered_is_refused_before_it_waits(build: Build) 
             await retriever.retrieve(Query(VECTORS, 5, 60, question_input_ids=ids))
         with pytest.raises(InvalidArgumentError, match="overflows"):
             await retriever.retrieve(query(np.full((1, DIM), 3e38, np.float32), n_docs=300))
-
-
-async def test_index_and_store_of_different_sizes_are_refused(
-    build: Build, tmp_path: Path, build_corpus: Build
-) -> None:
-    other = build_corpus(write_jsonl(tmp_path / "three.jsonl", DOCUMENTS[:3]), tmp_path / "three")
-    index = FaissIndex.load(build().index_file)
-    store = SqliteStore(other.documents_file, DIM)
-    assembler = ContextAssembler(ContextTokenizer(bpe_tokenizer()), title_sep="", doc_sep="", prefix="")
-    with pytest.raises(DataLossError, match="300 vectors, the store 3 documents"):
-        Retriever(index, store, assembler, RetrieverMetrics(Metrics("retriever")), generation=1)
-    store.close()

@@ -183,7 +183,7 @@ async def test_damage_found_while_serving_is_data_loss(
     serve_retriever: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with serve_retriever() as (retriever, stub, _):
-        monkeypatch.setattr(retriever.store, "documents_by_row", lambda rows: {})
+        monkeypatch.setattr(retriever.store, "documents_by_row", lambda rows, replaced: {})
         with pytest.raises(grpc.aio.AioRpcError, match="which the store does not have") as caught:
             await stub.Retrieve(request())
         assert caught.value.code() == grpc.StatusCode.DATA_LOSS

@@ -31,7 +31,10 @@ def test_documents_come_back_as_they_were_written(file: Path) -> None:
     store = SqliteStore(file, DIM)
     assert len(store) == len(TEXTS)
     by_row = store.documents_by_row([4, 0, 2, 2, 99, -1, 1, 3])
-    assert by_row == {row: Document(row, f"key-{row}", "", text) for row, text in enumerate(TEXTS)}
+    assert by_row == {
+        row: Document(row, f"key-{row}", "", text, '{"a": 1}' if row else None)
+        for row, text in enumerate(TEXTS)
+    }
     assert store.documents_by_key(["key-3", "nope", "key-3"]) == {"key-3": by_row[3]}
     store.check()
     store.close()

@@ -1,0 +1,1 @@
+"""Corpora: documents that can be searched and changed, generation by generation."""

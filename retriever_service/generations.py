@@ -1,0 +1,120 @@
+"""The generations that serve: one is current, a few older ones can be pinned, and each leaves when unused."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from retriever_service.corpus.base import Corpus, Generation
+from retriever_service.errors import GenerationGoneError
+from retriever_service.metrics import RetrieverMetrics
+from retriever_service.retriever import Retriever
+
+
+@dataclass(eq=False, slots=True)
+class Served:
+    """A generation with the retriever that answers from it."""
+
+    corpus: Corpus
+    generation: Generation
+    retriever: Retriever
+    leases: int = 0
+    is_dropped: bool = False
+
+
+class Generations:
+    """All methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        make_retriever: Callable[[Generation], Retriever],
+        metrics: RetrieverMetrics,
+        *,
+        kept: int,
+    ) -> None:
+        """`kept` generations serve at most, the current one included."""
+        self._make_retriever = make_retriever
+        self._metrics = metrics
+        self._kept = kept
+        self._served: list[Served] = []
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._add(corpus, corpus.generation)
+
+    @property
+    def current(self) -> Served:
+        """What answers where a request pins nothing."""
+        return self._served[-1]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Generations that can be pinned, oldest first."""
+        return [served.generation.number for served in self._served]
+
+    @property
+    def corpora(self) -> list[Corpus]:
+        """The corpora of the generations that serve, the current one's last."""
+        return list(dict.fromkeys(served.corpus for served in self._served))
+
+    @contextlib.contextmanager
+    def lease(self, number: int = 0) -> Iterator[Served]:
+        """Gives a generation, 0 the current one, that stays open as long. Raises GenerationGoneError."""
+        served = self.current
+        if number:
+            found = [one for one in self._served if one.generation.number == number]
+            if not found:
+                raise GenerationGoneError(number, self.numbers)
+            served = found[0]
+        served.leases += 1
+        try:
+            yield served
+        finally:
+            served.leases -= 1
+            self._leave_if_unused(served)
+
+    def prepare(self, corpus: Corpus, generation: Generation) -> Served:
+        """Makes a retriever for a generation that does not serve yet."""
+        return Served(corpus, generation, self._make_retriever(generation))
+
+    def switch(self, served: Served) -> None:
+        """Makes a prepared generation current: every search that begins from now on is answered by it."""
+        self._served.append(served)
+        while len(self._served) > self._kept:
+            self._drop(self._served.pop(0))
+        self.show()
+
+    def abandon(self, served: Served) -> None:
+        """Gives up a prepared generation."""
+        self._drop(served)
+
+    def show(self) -> None:
+        """Brings the gauges up to date."""
+        self._metrics.index_vectors.set(self.current.generation.index.ntotal)
+        self._metrics.index_generation.set(self.current.generation.number)
+
+    async def close(self) -> None:
+        """Closes all of them."""
+        while self._served:
+            self._drop(self._served.pop())
+        if self._leaving:
+            await asyncio.wait(self._leaving)
+
+    def _add(self, corpus: Corpus, generation: Generation) -> None:
+        self.switch(self.prepare(corpus, generation))
+
+    def _drop(self, served: Served) -> None:
+        served.is_dropped = True
+        self._leave_if_unused(served)
+
+    def _leave_if_unused(self, served: Served) -> None:
+        if served.is_dropped and not served.leases:
+            task = asyncio.create_task(self._leave(served), name="close generation")
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def _leave(self, served: Served) -> None:
+        await served.retriever.close()
+        if served.corpus in self.corpora:
+            await asyncio.to_thread(served.corpus.release, served.generation)
+        else:
+            await asyncio.to_thread(served.corpus.close)

@@ -1,0 +1,239 @@
+"""Changes, compaction and activation of the corpus that serves."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from rag_serving.errors import FailedPreconditionError, InvalidArgumentError, RagError
+from retriever_service.corpus.active import write_active
+from retriever_service.corpus.base import Corpus, Delete, Deleted, Generation, Page, Upsert, Upserted
+from retriever_service.corpus.local import LocalCorpus
+from retriever_service.errors import BuildError, MissingIndexError, NoPassageEncoderError, ReadOnlyError
+from retriever_service.generations import Generations, Served
+from retriever_service.index.manifest import Embedding, Manifest
+from retriever_service.index.snapshot import Snapshot
+from retriever_service.operations import Operation, Operations
+from retriever_service.retriever import Retriever
+from retriever_service.types import Float32Array
+
+logger = logging.getLogger(__name__)
+AnswerT = TypeVar("AnswerT")
+
+
+class Encoder(Protocol):
+    """What makes the embeddings of documents that come without."""
+
+    def description(self) -> Embedding:
+        """How the vectors are made."""
+
+    def encode(self, passages: Sequence[tuple[str, str]]) -> Float32Array:
+        """Returns float32 [len, dim] for (title, text) pairs."""
+
+
+class Maintenance:
+    """All methods belong to the event loop's thread; the work is done in others.
+
+    Changes are done one after another, and a switch of generations stands between two of them: what was
+    acknowledged before an activation is in the corpus of before, what comes after is in the new one.
+    """
+
+    def __init__(
+        self,
+        generations: Generations,
+        open_corpus: Callable[[Path, int], LocalCorpus],
+        warm_up: Callable[[Retriever], Awaitable[None]],
+        *,
+        home: Path,
+        activation_root: Path,
+        encoder: Encoder | None = None,
+        compact_after: int = 0,
+        activation_refused: str | None = None,
+    ) -> None:
+        """`open_corpus` takes a folder and the offset of its generations' numbers.
+
+        `home` remembers what is active, and only folders below `activation_root` can be; `activation_refused`
+        says why none can. `compact_after` pending changes begin a compaction by themselves; 0 never.
+        """
+        self._generations = generations
+        self._open_corpus = open_corpus
+        self._warm_up = warm_up
+        self._home = home
+        self._activation_root = activation_root
+        self._encoder = encoder
+        self._compact_after = compact_after
+        self._activation_refused = activation_refused
+        self._changing = asyncio.Lock()
+        self._changes = ThreadPoolExecutor(1, "changes")
+        self._encoding = ThreadPoolExecutor(1, "encode")
+        self._compaction_failed_at = -1
+        self.operations: Operations[Served] = Operations()
+
+    async def upsert(self, batch: Upsert) -> Upserted:
+        """Writes a batch into the corpus that serves: see Corpus.upsert."""
+        return await self._change(lambda corpus: corpus.upsert(batch))
+
+    async def delete(self, batch: Delete) -> Deleted:
+        """Deletes a batch from the corpus that serves: see Corpus.delete."""
+        return await self._change(lambda corpus: corpus.delete(batch))
+
+    async def embed(self, passages: Sequence[tuple[str, str]], embedding: Embedding) -> Float32Array:
+        """Makes the embeddings of (title, text), as those of the index were made.
+
+        Raises NoPassageEncoderError where this service has no encoder, or another one than the index's.
+        """
+        if self._encoder is None:
+            raise NoPassageEncoderError(
+                "embeddings: give them, or start the retriever with --embedding-model"
+            )
+        made = self._encoder.description()
+        if made != embedding:
+            raise NoPassageEncoderError(
+                f"embeddings: this service's encoder makes {made.name!r}, the index has {embedding.name!r}"
+                " or was made with other settings: give the embeddings"
+            )
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._encoding, self._encoder.encode, passages)
+        except BuildError as error:
+            raise InvalidArgumentError("documents", error.message) from error
+
+    async def page(self, after_key: str | None, size: int) -> tuple[Page, int]:
+        """Returns documents by key, and how many there are."""
+        with self._generations.lease() as served:
+            page = await asyncio.to_thread(served.corpus.page, after_key, size)
+            return page, served.generation.index.ntotal
+
+    def compact(self) -> Operation[Served]:
+        """Begins a compaction. Raises ReadOnlyError or OperationRunningError."""
+        corpus = self._generations.current.corpus
+        if corpus.read_only_reason is not None:
+            raise ReadOnlyError(f"no compaction here: {corpus.read_only_reason}")
+        return self.operations.start("compact", self._compact)
+
+    def activate(self, folder: str, check: Callable[[Manifest], None]) -> Operation[Served]:
+        """Begins to activate an index folder. `check` raises where the index does not fit the callers.
+
+        Raises InvalidArgumentError for a folder outside of the activation root, ReadOnlyError or
+        OperationRunningError.
+        """
+        if self._activation_refused is not None:
+            raise ReadOnlyError(f"no activation here: {self._activation_refused}")
+        root = self._activation_root.resolve()
+        path = (root / folder).resolve()
+        if not folder or "\0" in folder or not path.is_relative_to(root):
+            raise InvalidArgumentError("index_folder", f"must be a folder below {root}", folder)
+
+        async def work(operation: Operation[Served]) -> Served:
+            return await self._activate(path, check, operation)
+
+        return self.operations.start("activate", work)
+
+    def compact_if_due(self) -> None:
+        """Begins a compaction where enough changes are pending and nothing else runs."""
+        corpus = self._generations.current.corpus
+        pending = corpus.pending_changes
+        due = self._compact_after and pending >= self._compact_after
+        # One that failed is tried again once as many changes have come as would have begun it.
+        failed_at = self._compaction_failed_at
+        if not due or (failed_at >= 0 and pending < failed_at + self._compact_after):
+            return
+        try:
+            self.compact()
+        except RagError as error:
+            logger.debug("no compaction now: %s", error.message)
+
+    async def follow(self, interval_s: float) -> None:
+        """Shows searches, again and again, what another process writes to a corpus that is read-only here."""
+        while True:
+            await asyncio.sleep(interval_s)
+            for corpus in self._generations.corpora:
+                if not isinstance(corpus, LocalCorpus) or corpus.read_only_reason is None:
+                    continue
+                try:
+                    if await asyncio.to_thread(corpus.follow):
+                        self._generations.show()
+                except RagError as error:
+                    logger.warning("cannot read the changes: %s", error.message)
+
+    async def close(self) -> None:
+        """Stops what runs; changes that have begun are finished."""
+        await self.operations.close()
+        async with self._changing:
+            self._changes.shutdown()
+        self._encoding.shutdown()
+
+    async def _change(self, work: Callable[[Corpus], AnswerT]) -> AnswerT:
+        async with self._changing:
+            corpus = self._generations.current.corpus
+            loop = asyncio.get_running_loop()
+            running = loop.run_in_executor(self._changes, work, corpus)
+            try:
+                # Shielded: a caller that goes away must not free the lock while its change is written.
+                answer = await asyncio.shield(running)
+            except asyncio.CancelledError:
+                await asyncio.wait([running])
+                raise
+        self._generations.show()
+        self.compact_if_due()
+        return answer
+
+    async def _compact(self, operation: Operation[Served]) -> Served:
+        corpus = self._generations.current.corpus
+        try:
+            generation = await asyncio.to_thread(corpus.compact, operation.progress, operation.cancelled)
+        except RagError:
+            self._compaction_failed_at = corpus.pending_changes
+            raise
+        self._compaction_failed_at = -1
+        served = self._generations.prepare(corpus, generation)
+        await self._switch(served, operation)
+        return served
+
+    async def _activate(
+        self, path: Path, check: Callable[[Manifest], None], operation: Operation[Served]
+    ) -> Served:
+        operation.progress("load", 0, 1)
+        corpus, generation = await asyncio.to_thread(self._open, path)
+        served = self._generations.prepare(corpus, generation)
+        try:
+            operation.check()
+            check(generation.manifest)
+        except BaseException:
+            self._generations.abandon(served)
+            raise
+        await self._switch(served, operation, path)
+        return served
+
+    def _open(self, path: Path) -> tuple[LocalCorpus, Generation]:
+        number = self._generations.current.generation.number + 1
+        for corpus in self._generations.corpora:
+            if isinstance(corpus, LocalCorpus) and corpus.folder.resolve() == path and corpus.is_newest():
+                return corpus, corpus.renumber(number)
+        try:
+            corpus = self._open_corpus(path, number - Snapshot.open(path).manifest.generation)
+        except MissingIndexError as error:
+            raise FailedPreconditionError(error.message, reason=error.reason) from error
+        return corpus, corpus.generation
+
+    async def _switch(self, served: Served, operation: Operation[Served], path: Path | None = None) -> None:
+        """Warms up, then, between two changes, remembers what is active and switches to it."""
+        try:
+            operation.progress("warm up", 0, 1)
+            await self._warm_up(served.retriever)
+            async with self._changing:
+                if path is not None:
+                    operation.check()
+                    number = served.generation.number
+                    offset = number - served.generation.manifest.generation
+                    await asyncio.to_thread(write_active, self._home, path, offset)
+                self._generations.switch(served)
+        except OSError as error:
+            self._generations.abandon(served)
+            raise ReadOnlyError(f"{self._home} cannot be written to: {error}") from error
+        except BaseException:
+            self._generations.abandon(served)
+            raise
+        operation.progress("done", served.generation.manifest.ntotal, served.generation.manifest.ntotal)

@@ -1,0 +1,172 @@
+"""The corpus as it is now: the documents of a build, which never change, and every change since.
+
+The build's documents.sqlite stays as it was written. The changes lie beside it in a SQLite file of their own
+(write-ahead log, synchronous=FULL): the new versions of documents with their embeddings, the rows of the build
+that are hidden by them, a log of all changes with a sequence that only grows, and the request_ids of late. Both
+files together are the truth that every index is derived from.
+"""
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retriever_service.store.sqlite import SqliteStore
+from retriever_service.types import Document, Float32Array, Int64Array
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedChange:
+    """One change of the log: the row written, None for a deletion, and the row that it replaces, if any."""
+
+    sequence: int
+    row: int | None
+    replaced_row: int | None
+
+
+class LiveStore(SqliteStore):
+    """Reads a build and its changes: one connection for each thread, opened as threads come."""
+
+    def __init__(self, base_file: Path, changes_file: Path | None, dimension: int, etag_prefix: str) -> None:
+        """`changes_file` None reads the build alone. Raises DamagedIndexError naming a file that is no store."""
+        self._changes_file = changes_file
+        self._etag_prefix = etag_prefix
+        super().__init__(base_file, dimension)
+        self.shown = 0
+        self.num_built = self._num_documents
+
+    def __len__(self) -> int:
+        with self._reading() as connection:
+            hidden, written = connection.execute(
+                "SELECT (SELECT count(*) FROM main.hidden),"
+                " (SELECT count(*) FROM main.documents WHERE is_current = 1)"
+            ).fetchone()
+        return int(self.num_built - hidden + written)
+
+    @property
+    def version(self) -> int:
+        """Number of the last change that is shown to searches: see DocumentStore."""
+        return self.shown
+
+    def rows(self) -> Int64Array:
+        """Returns the rows of all documents: see DocumentStore."""
+        return self.rows_now()[1]
+
+    def rows_now(self) -> tuple[int, Int64Array]:
+        """Returns the last change's number and the rows int64, ascending, of all documents at that moment."""
+        with self._reading() as connection:
+            connection.execute("BEGIN")
+            try:
+                sequence = int(connection.execute(_LAST_SEQUENCE).fetchone()[0])
+                found = connection.execute("SELECT row FROM documents")
+                rows = np.fromiter((row for (row,) in found), dtype=np.int64)
+            finally:
+                connection.execute("COMMIT")
+        return sequence, np.sort(rows)
+
+    def changes_after(self, sequence: int) -> list[LoggedChange]:
+        """Returns the changes behind that number, in their order."""
+        query = "SELECT sequence, row, replaced_row FROM main.changes WHERE sequence > ? ORDER BY sequence"
+        with self._reading() as connection:
+            return [LoggedChange(*found) for found in connection.execute(query, (sequence,))]
+
+    def page(self, after_key: str | None, size: int) -> list[Document]:
+        """Returns up to `size` documents whose keys follow `after_key`, in the order of keys."""
+        where = "" if after_key is None else "WHERE key > ?"
+        query = f"SELECT row, key, title, text, metadata FROM documents {where} ORDER BY key LIMIT ?"  # noqa: S608
+        values: list[Any] = [size] if after_key is None else [after_key, size]
+        with self._reading() as connection:
+            return [self._document(found) for found in connection.execute(query, values)]
+
+    def embeddings_in_chunks(self, rows: Int64Array, size: int) -> Iterator[Float32Array]:
+        """Yields the embeddings of rows int64, float32 [at most size, dimension] at a time."""
+        for start in range(0, len(rows), size):
+            yield self.embeddings_of(rows[start : start + size].tolist())
+
+    def _document(self, found: Sequence[Any]) -> Document:
+        row, key, title, text, metadata = found
+        return Document(row, key, title, text, metadata, f"{self._etag_prefix}-{row:x}")
+
+    def _count(self, table: str) -> int:
+        """Counts a table of the build, whose rows are 0 … n - 1: at once, whatever its size."""
+        with self._reading() as connection:
+            query = f"SELECT coalesce(max(row), -1) + 1 FROM base.{table}"  # noqa: S608  (ours)
+            return int(connection.execute(query).fetchone()[0])
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = open_live(self._changes_file, self._file)
+        connection.execute("PRAGMA query_only=ON")
+        return connection
+
+
+def open_live(changes_file: Path | None, base_file: Path) -> sqlite3.Connection:
+    """Opens the changes as `main`, the build as `base`, and both as one in the views that reading names."""
+    if changes_file is None:
+        uri = ":memory:"
+    elif changes_file.exists() and not _is_writable(changes_file.parent):
+        uri = f"{changes_file.absolute().as_uri()}?immutable=1"  # nobody can be writing
+    else:
+        uri = f"{changes_file.absolute().as_uri()}?mode=rw"
+    connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=30)
+    connection.execute("ATTACH ? AS base", (f"{base_file.absolute().as_uri()}?mode=ro&immutable=1",))
+    if changes_file is None:
+        connection.executescript(SCHEMA)
+    connection.executescript(_VIEWS)
+    return connection
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+_LAST_SEQUENCE = "SELECT coalesce(max(sequence), 0) FROM main.changes"
+
+SCHEMA = """
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS main.documents (
+    row INTEGER PRIMARY KEY,
+    key TEXT NOT NULL,
+    title TEXT NOT NULL,
+    text TEXT NOT NULL,
+    metadata TEXT,
+    is_current INTEGER NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS main.current_keys ON documents (key) WHERE is_current = 1;
+CREATE TABLE IF NOT EXISTS main.embeddings (row INTEGER PRIMARY KEY, embedding BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS main.hidden (row INTEGER PRIMARY KEY) STRICT;
+CREATE TABLE IF NOT EXISTS main.changes (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    key TEXT NOT NULL,
+    row INTEGER,
+    replaced_row INTEGER
+) STRICT;
+CREATE TABLE IF NOT EXISTS main.requests (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    request_id TEXT NOT NULL UNIQUE,
+    digest TEXT NOT NULL,
+    response TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS main.facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+COMMIT;
+"""
+
+_VIEWS = """
+CREATE TEMP VIEW versions AS
+    SELECT row, key, title, text, metadata FROM base.documents
+    UNION ALL SELECT row, key, title, text, metadata FROM main.documents;
+CREATE TEMP VIEW documents AS
+    SELECT row, key, title, text, metadata FROM base.documents AS built
+        WHERE NOT EXISTS (SELECT 1 FROM main.hidden WHERE hidden.row = built.row)
+    UNION ALL SELECT row, key, title, text, metadata FROM main.documents WHERE is_current = 1;
+CREATE TEMP VIEW embeddings AS
+    SELECT row, embedding FROM base.embeddings UNION ALL SELECT row, embedding FROM main.embeddings;
+"""

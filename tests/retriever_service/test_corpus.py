@@ -1,0 +1,277 @@
+"""The corpus of an index folder: what is acknowledged stays, what is deleted is gone, in every generation."""
+
+import contextlib
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rag_serving.errors import AbortedError, CancelledByCallerError
+from retriever_service.corpus.base import Delete, NewDocument, Upsert
+from retriever_service.corpus.local import LocalCorpus
+from retriever_service.errors import (
+    CompactionError,
+    DamagedIndexError,
+    EtagError,
+    KeyExistsError,
+    ReadOnlyError,
+    RequestIdReusedError,
+)
+from retriever_service.index.manifest import Embedding
+from retriever_service.types import SearchParameters, Selection
+from tests.retriever_service.tiny_models import make_documents
+
+DIM = 16
+KNOBS = SearchParameters()
+DOCUMENTS = make_documents(60, DIM)
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
+    build_corpus(corpus, tmp_path / "index")
+    return tmp_path / "index"
+
+
+def vector(seed: int) -> Any:
+    return np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
+
+
+def upsert(corpus: LocalCorpus, *keys: str, seed: int = 0, request_id: str = "", **fields: Any) -> Any:
+    etags = fields.pop("etags", [""] * len(keys))
+    documents = [
+        NewDocument(key, "", f"text of {key}, {seed}", '{"new": true}', etag)
+        for key, etag in zip(keys, etags, strict=True)
+    ]
+    vectors = np.stack([vector(seed + place) for place in range(len(keys))])
+    return corpus.upsert(
+        Upsert(
+            request_id,
+            fields.pop("digest", "d"),
+            documents,
+            vectors,
+            fields.pop("create_only", False),
+            Embedding(name="tiny-encoder"),
+        )
+    )
+
+
+def delete(corpus: LocalCorpus, *keys: str, request_id: str = "") -> Any:
+    return corpus.delete(Delete(request_id, "d", [(key, "") for key in keys]))
+
+
+def found(
+    corpus: LocalCorpus, question: Any, n_docs: int = 3, selection: Selection | None = None
+) -> list[str]:
+    generation = corpus.generation
+    rows, _ = generation.index.search(question[None], n_docs, KNOBS, selection)
+    documents = generation.store.documents_by_row([row for row in rows[0].tolist() if row >= 0])
+    return [documents[row].key for row in rows[0].tolist() if row in documents]
+
+
+def keys_of(corpus: LocalCorpus) -> list[str]:
+    keys: list[str] = []
+    while True:
+        page = corpus.page(keys[-1] if keys else None, 7)
+        keys += [document.key for document in page.documents]
+        if not page.more:
+            return keys
+
+
+@contextlib.contextmanager
+def opened(folder: Path, **options: Any) -> Iterator[LocalCorpus]:
+    corpus = LocalCorpus(folder, **options)
+    try:
+        yield corpus
+    finally:
+        corpus.close()
+
+
+def test_changes_are_seen_at_once_and_after_a_restart(folder: Path) -> None:
+    victim = DOCUMENTS[3]
+    question = np.asarray(victim["embedding"], np.float32) * 10
+    with opened(folder) as corpus:
+        assert victim["key"] in found(corpus, question)
+        written = upsert(corpus, "fresh", victim["key"], seed=5)
+        assert (written.created, written.replaced, list(written.rows)) == (1, 1, [60, 61])
+        assert found(corpus, vector(5) * 10)[0] == "fresh"
+        assert found(corpus, vector(6) * 10)[0] == victim["key"]
+        assert delete(corpus, victim["key"], "nobody").missing_keys == ["nobody"]
+        for again in (corpus,):
+            assert victim["key"] not in found(again, vector(6) * 10, n_docs=60)
+            assert len(again.generation.store) == again.generation.index.ntotal == 60
+    with opened(folder) as corpus:
+        assert found(corpus, vector(5) * 10)[0] == "fresh"
+        assert victim["key"] not in found(corpus, question, n_docs=60)
+        assert keys_of(corpus) == sorted({one["key"] for one in DOCUMENTS} - {victim["key"]} | {"fresh"})
+        assert upsert(corpus, "later").rows == [62], "a row is never given twice"
+        document = corpus.generation.store.documents_by_key(["fresh"])["fresh"]
+        assert document.metadata == '{"new": true}'
+
+
+@pytest.mark.parametrize("kind", ["Flat", "HNSW8", "IVF4,Flat", "IVF4,PQ4x4"])
+def test_compaction_changes_no_answer(kind: str, tmp_path: Path, corpus: Path, build_corpus: Build) -> None:
+    build_corpus(corpus, tmp_path / "index", kind=kind, nprobe=4)
+    with opened(tmp_path / "index") as live:
+        for step in range(10):
+            upsert(live, f"fresh-{step}", DOCUMENTS[step]["key"], seed=100 + 2 * step)
+        delete(live, "fresh-0", DOCUMENTS[1]["key"], DOCUMENTS[59]["key"])
+        old = live.generation
+        before = [set(found(live, vector(seed), 80)) for seed in range(5)]
+        stages: list[str] = []
+        generation = live.compact(lambda stage, done, total: stages.append(stage), threading.Event())
+        assert (generation.number, generation.index.ntotal, live.pending_changes) == (2, 67, 0)
+        assert [set(found(live, vector(seed), 80)) for seed in range(5)] == before
+        assert {"index", "publish", "load"} <= set(stages)
+        delete(live, "fresh-3")
+        for one in (old, generation):
+            rows = one.index.search(vector(106)[None], 80, KNOBS)[0][0]
+            assert "fresh-3" not in {d.key for d in one.store.documents_by_row(rows.tolist()).values()}
+    with opened(tmp_path / "index") as live:
+        assert live.generation.number == 2
+        assert "fresh-3" not in found(live, vector(106), 80)
+        assert len(found(live, vector(0), 80)) == 66
+
+
+def test_changes_during_a_compaction_are_in_neither_lost_nor_doubled(folder: Path) -> None:
+    with opened(folder) as corpus:
+        upsert(corpus, "before", seed=1)
+
+        def meddle(stage: str, done: int, total: int | None) -> None:
+            if stage == "index" and done == 0:
+                upsert(corpus, "during", seed=2)
+                delete(corpus, "before", DOCUMENTS[0]["key"])
+
+        corpus.compact(meddle, threading.Event())
+        assert sorted(found(corpus, vector(2), 80)) == keys_of(corpus)
+        assert "during" in keys_of(corpus)
+        assert "before" not in keys_of(corpus)
+
+
+def test_a_cancelled_compaction_leaves_nothing(folder: Path) -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    with opened(folder) as corpus:
+        upsert(corpus, "fresh")
+        with pytest.raises(CancelledByCallerError):
+            corpus.compact(lambda *_: None, cancelled)
+        assert not (folder / ".compacting").exists()
+        assert corpus.generation.number == 1
+        assert "fresh" in keys_of(corpus)
+
+
+def test_a_compaction_never_overrides_a_newer_build(folder: Path, corpus: Path, build_corpus: Build) -> None:
+    with opened(folder) as live:
+        upsert(live, "fresh")
+        build_corpus(corpus, folder)
+        with pytest.raises(CompactionError, match="activate that one first"):
+            live.compact(lambda *_: None, threading.Event())
+
+
+def test_two_builds_leave_the_generation_that_serves(folder: Path, corpus: Path, build_corpus: Build) -> None:
+    """Two builds without a restart removed the generation that a retriever had open."""
+    with opened(folder) as live:
+        upsert(live, "fresh", seed=3)
+        build_corpus(corpus, folder, keep_generations=1)
+        build_corpus(corpus, folder, keep_generations=1)
+        assert (folder / "generation-000001").is_dir()
+        assert found(live, vector(3) * 10)[0] == "fresh"
+    build_corpus(corpus, folder, keep_generations=1)
+    assert not (folder / "generation-000001").exists()
+    assert not list(folder.glob("live-000001*"))
+
+
+def test_request_ids_and_etags_keep_changes_apart(folder: Path) -> None:
+    with opened(folder) as corpus:
+        first = upsert(corpus, "a", "b", request_id="r1")
+        assert upsert(corpus, "a", "b", request_id="r1") == first
+        with pytest.raises(RequestIdReusedError):
+            upsert(corpus, "c", request_id="r1", digest="other")
+        with pytest.raises(KeyExistsError):
+            upsert(corpus, "c", "a", create_only=True)
+        with pytest.raises(EtagError, match="the stored one is"):
+            upsert(corpus, "c", "a", etags=["", "stale"])
+        assert "c" not in keys_of(corpus), "half a batch was written"
+        second = upsert(corpus, "a", etags=[first.etags[0]], seed=9)
+        with pytest.raises(EtagError):
+            corpus.delete(Delete("", "d", [("a", first.etags[0])]))
+        assert corpus.delete(Delete("r2", "d", [("a", second.etags[0])])).deleted == 1
+    with opened(folder) as corpus:
+        assert upsert(corpus, "a", "b", request_id="r1") == first
+        assert "a" not in keys_of(corpus), "a remembered request was done again"
+
+
+def test_a_batch_for_another_index_is_refused(folder: Path) -> None:
+    with opened(folder) as corpus:
+        batch = Upsert("", "d", [NewDocument("a", "", "t")], vector(0)[None], False, Embedding(name="other"))
+        with pytest.raises(AbortedError, match="send the batch again"):
+            corpus.upsert(batch)
+
+
+def test_only_one_writes_and_the_other_follows(folder: Path) -> None:
+    with opened(folder) as writer, contextlib.ExitStack() as stack:
+        holder = stack.enter_context(opened(folder, take_changes=False))
+        assert "read-only" in str(holder.read_only_reason)
+        upsert(writer, "fresh", seed=4)
+        delete(writer, DOCUMENTS[0]["key"])
+        assert holder.follow()
+        assert found(holder, vector(4) * 10)[0] == "fresh"
+        assert DOCUMENTS[0]["key"] not in found(holder, vector(4), 80)
+        with pytest.raises(ReadOnlyError):
+            upsert(holder, "no")
+    with opened(folder / "generation-000001") as one:
+        assert "only an index folder" in str(one.read_only_reason)
+        assert found(one, vector(4) * 10)[0] == "fresh", "a generation alone showed what was changed since"
+
+
+def test_selections_reach_the_snapshot_and_the_fresh_documents(folder: Path) -> None:
+    with opened(folder) as corpus:
+        upsert(corpus, "fresh", DOCUMENTS[5]["key"], seed=7)
+        rows = np.asarray([2, 5, 6, 60, 61], np.int64)
+        keys = {DOCUMENTS[2]["key"], DOCUMENTS[6]["key"], "fresh", DOCUMENTS[5]["key"]}
+        assert set(found(corpus, vector(7), 80, Selection(rows))) == keys
+        corpus.compact(lambda *_: None, threading.Event())
+        delete(corpus, "fresh")
+        assert set(found(corpus, vector(7), 80, Selection(rows))) == keys - {"fresh"}
+
+
+def test_many_hidden_fresh_documents_hide_none_that_lives(folder: Path) -> None:
+    with opened(folder) as corpus:
+        for round_ in range(3):
+            for part in range(0, 600, 200):
+                upsert(corpus, *(f"k{place}" for place in range(part, part + 200)), seed=1000 * round_)
+        assert corpus.generation.index.ntotal == 660
+        assert sorted(found(corpus, vector(1), 700)) == keys_of(corpus)
+
+
+def test_changes_of_another_build_are_refused(folder: Path) -> None:
+    with opened(folder) as corpus:
+        upsert(corpus, "fresh")
+    with contextlib.closing(sqlite3.connect(folder / "live-000001.sqlite")) as connection, connection:
+        connection.execute("UPDATE facts SET value = 'sha256:0' WHERE name = 'base'")
+    with pytest.raises(DamagedIndexError, match="live-000001"), opened(folder):
+        pass
+
+
+def test_any_damaged_file_of_a_compaction_is_named(folder: Path, tmp_path: Path) -> None:
+    with opened(folder) as corpus:
+        upsert(corpus, "fresh")
+        corpus.compact(lambda *_: None, threading.Event())
+    for name in (
+        "generation-000002/index.faiss",
+        "generation-000002/rows.npy",
+        "generation-000001/documents.sqlite",
+    ):
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+        with pytest.raises(DamagedIndexError, match=Path(name).name), opened(copy):
+            pass
+        shutil.rmtree(copy)
