@@ -111,7 +111,7 @@ def read_page(
     after: str | None = None
     if request.page_token:
         try:
-            after = base64.urlsafe_b64decode(request.page_token.encode()).decode()
+            after = base64.b64decode(request.page_token.encode(), altchars=b"-_", validate=True).decode()
         except (binascii.Error, UnicodeError, ValueError) as error:
             raise InvalidArgumentError(
                 "page_token", "is none that this service gave", request.page_token

@@ -30,17 +30,20 @@ def verify_index(folder: Path, step: Callable[[str], None]) -> Snapshot:
     if found != (manifest.ntotal, manifest.dimension, manifest.metric):
         raise DamagedIndexError(snapshot.index_file, f"holds {found}, which is not what the manifest says")
     step("documents")
-    store = SqliteStore(snapshot.documents_file, manifest.dimension)
+    base = snapshot.base()
+    if base is not snapshot:
+        base.verify()
+    store = SqliteStore(base.documents_file, manifest.dimension)
     try:
         store.check()
-        if len(store) != manifest.ntotal:
+        if len(store) != base.manifest.ntotal:
             raise DamagedIndexError(
-                snapshot.documents_file, f"{len(store)} documents, the manifest says {manifest.ntotal}"
+                base.documents_file, f"{len(store)} documents, the manifest says {base.manifest.ntotal}"
             )
         step("embeddings")
         for embeddings in store.embedding_chunks(_VECTORS_PER_CHUNK):
             if not np.isfinite(embeddings).all():
-                raise DamagedIndexError(snapshot.documents_file, "an embedding is not finite")
+                raise DamagedIndexError(base.documents_file, "an embedding is not finite")
         step("search")
         rows, _ = index.search(store.embeddings_of([0]), 1, SearchParameters())
         if not 0 <= int(rows[0, 0]) < manifest.ntotal:

@@ -1,0 +1,315 @@
+"""Changing the corpus over the wire: upserts, deletes, listing, compaction, activation."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf import struct_pb2
+
+from rag.retriever.v1 import document_pb2, retriever_service_pb2
+from retriever_service.maintenance import Maintenance
+from tests.retriever_service.servicer_calls import DIM, array, request, tensor, violated_fields
+from tests.retriever_service.tiny_models import make_documents, write_jsonl
+
+Serve = Callable[..., contextlib.AbstractAsyncContextManager[Any]]
+Build = Callable[..., Any]
+UpsertRequest = retriever_service_pb2.UpsertDocumentsRequest
+
+
+@pytest.fixture
+def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
+    build_corpus(corpus, tmp_path / "index")
+    return tmp_path / "index"
+
+
+def vectors(*seeds: int, dim: int = DIM) -> Any:
+    return np.stack([np.random.default_rng(seed).standard_normal(dim) for seed in seeds]).astype(np.float32)
+
+
+def batch(*keys: str, seed: int = 0, **fields: Any) -> UpsertRequest:
+    documents = [document_pb2.Document(key=key, text=f"text of {key}") for key in keys]
+    embeddings = tensor(vectors(*range(seed, seed + len(keys))))
+    return UpsertRequest(**({"documents": documents, "embeddings": embeddings} | fields))
+
+
+async def upsert(stub: Any, *batches: UpsertRequest) -> list[Any]:
+    return [response async for response in stub.UpsertDocuments(iter(batches))]
+
+
+async def keys_found(stub: Any, seed: int, n_docs: int = 5, **fields: Any) -> list[str]:
+    asked = retriever_service_pb2.RetrieveRequest(
+        question_hidden_states=tensor(10 * vectors(seed)),
+        n_docs=n_docs,
+        skip_contexts=True,
+        include_documents=True,
+        **fields,
+    )
+    return [document.key for document in (await stub.Retrieve(asked)).documents]
+
+
+async def ended(stub: Any, operation: Any) -> Any:
+    while not operation.done:
+        await asyncio.sleep(0.01)
+        answer = await stub.GetOperation(retriever_service_pb2.GetOperationRequest(name=operation.name))
+        operation = answer.operation
+    return operation
+
+
+async def activate(stub: Any, folder: str, **fields: Any) -> Any:
+    asked = retriever_service_pb2.ActivateIndexRequest(index_folder=folder, **fields)
+    return await ended(stub, (await stub.ActivateIndex(asked)).operation)
+
+
+async def compact(stub: Any) -> Any:
+    begun = await stub.CompactIndex(retriever_service_pb2.CompactIndexRequest())
+    return await ended(stub, begun.operation)
+
+
+async def test_a_stream_of_batches_is_acknowledged_batch_by_batch(
+    serve_retriever: Serve, folder: Path
+) -> None:
+    metadata = struct_pb2.Struct()
+    metadata.update({"year": 1984, "ratio": 0.5, "tags": ["a"], "nested": {"x": None}})
+    documents = [document_pb2.Document(key="m", title="T", text="emoji 🦉", metadata=metadata)]
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        first, second = await upsert(
+            stub,
+            batch("a", "b", seed=1, request_id="r"),
+            UpsertRequest(documents=documents, embeddings=tensor(vectors(9))),
+        )
+        assert (first.request_id, first.created, first.replaced, list(first.rows)) == ("r", 2, 0, [60, 61])
+        assert second.sequence == first.sequence + 1 == 3
+        assert (await keys_found(stub, 2))[0] == "b"
+        read = await stub.GetDocuments(retriever_service_pb2.GetDocumentsRequest(keys=["m"]))
+        assert read.documents[0].metadata == metadata
+        assert read.documents[0].etag == second.etags[0]
+        assert (await upsert(stub, batch("a", "b", seed=1, request_id="r")))[0] == first
+        index = await stub.GetIndex(retriever_service_pb2.GetIndexRequest())
+        assert (index.ntotal, index.sequence, index.pending_changes, index.writable) == (63, 3, 3, True)
+        again = await upsert(stub, batch("a", seed=5))
+        row = retriever_service_pb2.GetDocumentsRequest(rows=[60, again[0].rows[0]])
+        read = await stub.GetDocuments(row)
+        assert (list(read.missing_rows), read.documents[0].key) == ([60], "a")
+
+
+async def test_what_is_deleted_is_found_no_more_and_listing_shows_the_rest(
+    serve_retriever: Serve, folder: Path
+) -> None:
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        await upsert(stub, batch("zz", seed=3))
+        gone = [document_pb2.Document(key=key).key for key in ("zz", "no such")]
+        references = [retriever_service_pb2.DocumentReference(key=key) for key in gone]
+        answer = await stub.DeleteDocuments(
+            retriever_service_pb2.DeleteDocumentsRequest(documents=references)
+        )
+        assert (answer.deleted, list(answer.missing_keys)) == (1, ["no such"])
+        assert "zz" not in await keys_found(stub, 3, n_docs=50)
+        keys: list[str] = []
+        token = ""
+        while True:
+            asked = retriever_service_pb2.ListDocumentsRequest(page_size=25, page_token=token)
+            page = await stub.ListDocuments(asked)
+            assert page.total_size == 60
+            keys += [document.key for document in page.documents]
+            token = page.next_page_token
+            if not token:
+                break
+        assert keys == sorted(document["key"] for document in make_documents(60, DIM))
+
+
+def odd(**fields: Any) -> Any:
+    return document_pb2.Document(**({"key": "k", "text": "t"} | fields))
+
+
+WRONG: dict[str, tuple[UpsertRequest, str]] = {
+    "no documents": (UpsertRequest(), "documents"),
+    "no key": (batch("a", "b", documents=[odd(), odd(key="")]), "documents[1].key"),
+    "a key twice": (batch("a", "b", "a"), "documents[2].key"),
+    "a long key": (batch("k" * 1025), "documents[0].key"),
+    "no text": (batch("a", documents=[odd(text="")]), "documents[0].text"),
+    "a long text": (batch("a", documents=[odd(text="x" * ((1 << 20) + 1))]), "documents[0].text"),
+    "NaN": (batch("a", embeddings=tensor([[np.nan] * DIM])), "embeddings"),
+    "infinity": (batch("a", embeddings=tensor([[np.inf] * DIM])), "embeddings"),
+    "too long a vector": (batch("a", embeddings=tensor([[1e30] * DIM])), "embeddings[0]"),
+    "another dimension": (batch("a", embeddings=tensor(vectors(1, dim=8))), "embeddings"),
+    "too few vectors": (batch("a", "b", embeddings=tensor(vectors(1))), "embeddings"),
+    "whole numbers": (batch("a", embeddings=tensor([[1] * DIM], np.int64)), "embeddings"),
+    "a long request_id": (batch("a", request_id="r" * 257), "request_id"),
+}
+
+
+async def test_wrong_batches_are_refused_by_field_and_leave_nothing(
+    serve_retriever: Serve, folder: Path
+) -> None:
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        for name, (wrong, field) in WRONG.items():
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await upsert(stub, wrong)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, name
+            assert violated_fields(caught.value) == [field], name
+        index = await stub.GetIndex(retriever_service_pb2.GetIndexRequest())
+        assert (index.ntotal, index.sequence) == (60, 0)
+        with pytest.raises(grpc.aio.AioRpcError, match="--embedding-model") as caught:
+            await upsert(stub, UpsertRequest(documents=[odd()]))
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        for token in ("%%%", "gA"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.ListDocuments(retriever_service_pb2.ListDocumentsRequest(page_token=token))
+            assert violated_fields(caught.value) == ["page_token"]
+
+
+async def test_odd_documents_come_back_as_they_were_sent(serve_retriever: Serve, folder: Path) -> None:
+    texts = ["NUL \0 inside", "\0", "🦉" * 1000, "x" * (1 << 20), "' \" \\ % _ ; --"]
+    documents = [odd(key=f"\0{place}🦉", title="", text=text) for place, text in enumerate(texts)]
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        seeds = range(100, 100 + len(texts))
+        await upsert(stub, UpsertRequest(documents=documents, embeddings=tensor(vectors(*seeds))))
+        for place, document in enumerate(documents):
+            read = await stub.GetDocuments(retriever_service_pb2.GetDocumentsRequest(keys=[document.key]))
+            assert read.documents[0].text == texts[place]
+            assert (await keys_found(stub, 100 + place, 1)) == [document.key]
+
+
+async def test_vectors_of_a_normalised_index_have_length_one(
+    serve_retriever: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        import gc
+
+        maintenance = next(one for one in gc.get_objects() if isinstance(one, Maintenance))
+        generation = maintenance._generations.current.generation
+        normalised = generation.manifest.embedding.model_copy(update={"normalize": True})
+        object.__setattr__(
+            generation, "manifest", generation.manifest.model_copy(update={"embedding": normalised})
+        )
+        for vector in (np.zeros(DIM), np.ones(DIM)):
+            with pytest.raises(grpc.aio.AioRpcError, match="length 1") as caught:
+                await upsert(stub, batch("a", embeddings=tensor([vector])))
+            assert violated_fields(caught.value) == ["embeddings[0]"]
+
+
+async def test_compaction_swaps_under_load_and_generations_can_be_pinned(
+    serve_retriever: Serve, folder: Path
+) -> None:
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        stop = asyncio.Event()
+
+        async def search() -> None:
+            generations: list[int] = []
+            while not stop.is_set():
+                answer = await stub.Retrieve(request(n_docs=4))
+                assert array(answer.doc_scores).shape == (3, 4)
+                generations.append(answer.generation)
+            assert generations == sorted(generations)
+
+        load = [asyncio.create_task(search()) for _ in range(4)]
+        for round_ in range(3):
+            await upsert(stub, batch(f"fresh-{round_}", seed=round_))
+            operation = await compact(stub)
+            assert operation.response.generation == round_ + 2
+            assert operation.response.ntotal == 61 + round_
+        stop.set()
+        await asyncio.gather(*load)
+        assert (await keys_found(stub, 0, 1, generation=3)) == ["fresh-0"]
+        with pytest.raises(grpc.aio.AioRpcError, match="3, 4 can be pinned") as caught:
+            await keys_found(stub, 0, generation=1)
+        assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        listed = await stub.ListOperations(retriever_service_pb2.ListOperationsRequest())
+        assert len(listed.operations) == 3
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.GetOperation(retriever_service_pb2.GetOperationRequest(name="operations/none"))
+        assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+@pytest.fixture
+def other(tmp_path: Path, build_corpus: Build) -> Path:
+    build_corpus(write_jsonl(tmp_path / "o.jsonl", make_documents(20, DIM)), tmp_path / "other")
+    return tmp_path / "other"
+
+
+async def test_activation_swaps_refuses_what_does_not_fit_and_goes_back(
+    serve_retriever: Serve, folder: Path, other: Path, tmp_path: Path, build_corpus: Build
+) -> None:
+    build_corpus(write_jsonl(tmp_path / "w.jsonl", make_documents(20, 8)), tmp_path / "wrong")
+    expectation = document_pb2.Expectation(dimension=DIM, embedding_model="tiny-encoder")
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        await upsert(stub, batch("fresh", seed=3))
+        await stub.GetIndex(retriever_service_pb2.GetIndexRequest(expectation=expectation))
+        operation = await activate(stub, "other")
+        assert (operation.response.generation, operation.response.ntotal) == (2, 20)
+        assert "fresh" not in await keys_found(stub, 3, 20)
+        assert (await keys_found(stub, 3, 1, generation=1)) == ["fresh"]
+        await upsert(stub, batch("in other", seed=4))
+        refused = await activate(stub, "wrong")
+        assert (refused.error.reason, refused.error.code) == ("EXPECTATION_MISMATCH", 9)
+        missing = await activate(stub, "nothing")
+        assert missing.error.reason == "INDEX_MISSING"
+        for outside in ("", "..", "/etc", "../../x"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await activate(stub, outside)
+            assert violated_fields(caught.value) == ["index_folder"]
+        back = await activate(stub, "index")
+        assert (back.response.generation, back.response.ntotal) == (3, 61)
+        assert (await keys_found(stub, 3, 1)) == ["fresh"]
+        assert (await compact(stub)).response.generation == 4
+        assert (await activate(stub, "other")).response.generation == 5
+        assert (await keys_found(stub, 4, 1)) == ["in other"]
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        index = await stub.GetIndex(retriever_service_pb2.GetIndexRequest())
+        assert (index.generation, index.ntotal) == (5, 21), "a restart forgot what was activated"
+        forced = await activate(stub, "wrong", ignore_callers=True)
+        assert forced.response.dimension == 8
+
+
+async def test_a_second_retriever_reads_and_refuses_to_write(
+    serve_retriever: Serve, folder: Path, tmp_path: Path
+) -> None:
+    async with serve_retriever(index_folder=folder, read_only=True) as (_, stub, _):
+        for call in (
+            lambda: upsert(stub, batch("a")),
+            lambda: compact(stub),
+            lambda: activate(stub, "index"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match="read-only") as caught:
+                await call()
+            assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert len(await keys_found(stub, 0)) == 5
+    assert not any(name.startswith("live-") for name in os.listdir(folder))  # noqa: PTH208
+
+
+async def test_enough_changes_are_compacted_by_themselves(serve_retriever: Serve, folder: Path) -> None:
+    async with serve_retriever(index_folder=folder, compact_after=10) as (_, stub, _):
+        await upsert(stub, batch(*(f"k{place}" for place in range(12))))
+        listed = await stub.ListOperations(retriever_service_pb2.ListOperationsRequest())
+        assert (await ended(stub, listed.operations[0])).response.generation == 2
+
+
+async def test_cancelling_an_operation_leaves_what_serves(serve_retriever: Serve, folder: Path) -> None:
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        begun = await stub.CompactIndex(retriever_service_pb2.CompactIndexRequest())
+        name = retriever_service_pb2.CancelOperationRequest(name=begun.operation.name)
+        await stub.CancelOperation(name)
+        operation = await ended(stub, begun.operation)
+        index = await stub.GetIndex(retriever_service_pb2.GetIndexRequest())
+        cancelled = operation.error.reason == "CANCELLED_BY_CALLER"
+        assert index.generation == (1 if cancelled else 2)
+
+
+async def test_upserts_of_many_callers_all_arrive(serve_retriever: Serve, folder: Path) -> None:
+    async def caller(number: int) -> None:
+        async def batches() -> AsyncIterator[UpsertRequest]:
+            for step in range(5):
+                yield batch(f"{number}-{step}", seed=10 * number + step)
+
+        assert len([one async for one in stub.UpsertDocuments(batches())]) == 5
+
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        await asyncio.gather(*(caller(number) for number in range(8)))
+        index = await stub.GetIndex(retriever_service_pb2.GetIndexRequest())
+        assert (index.ntotal, index.sequence) == (100, 40)
