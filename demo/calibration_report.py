@@ -15,12 +15,13 @@ _HEAD = """# Calibration
 Written by `make eval-demo`: the demo's pair asked its {questions} questions with {beams} beams, {n_docs} documents for
 each. Every document of every question is one prediction of the left plots: its posterior p(document | question,
 answer), and whether it is the passage that the question was written from. A passage that holds the answer by chance
-counts as wrong, so these figures err on the low side. Every best answer is one prediction of the right plots: its
+counts as wrong: the shares that came true are lower bounds. Every best answer is one prediction of the right plots: its
 confidence, exp of its log-likelihood marginalised over the documents, which is what `abstain_below` compares, and
 whether it matches an accepted answer exactly.
 
 The expected calibration error is the mean gap between a bin's probability and the share that came true, weighted by
-the bin's number of predictions; bins are a tenth wide. Dots on the diagonal are perfectly calibrated; their areas grow
+the bin's number of predictions; bins are a tenth wide. Most documents have a posterior near 0 or near 1, which
+keeps their error small: read the bins. Dots on the diagonal are perfectly calibrated; their areas grow
 with the number of predictions.
 """
 
