@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 from generator_service.config import GeneratorSettings
 from generator_service.errors import CheckpointError
 from generator_service.tokenization import TextTokenizer
-from generator_service.types import ModelSource, Pooling, Strategy
+from generator_service.types import ModelSource, Pooling, Quantization, Strategy
 
 _ARCHITECTURES = {
     "RagTokenForGeneration": Strategy.RAG_TOKEN,
@@ -131,6 +131,7 @@ def _source(settings: GeneratorSettings, own: dict[str, Any], **folders: str | N
         score_scale=float(first(settings.score_scale, "score_scale", 1.0)),
         dtype=settings.dtype,
         decoder=settings.decoder,
+        quantization=Quantization(settings.quantization),
     )
 
 

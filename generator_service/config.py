@@ -71,6 +71,10 @@ class GeneratorSettings(ServiceSettings):
         description="on a GPU, replay decoder steps as CUDA graphs, captured at start for steps of up to"
         " --max-step-rows rows",
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="int8 holds linear layers as int8: faster on the CPU, answers change a little; float32 only",
+    )
     decoder: Literal["auto", "general"] = Field(
         "auto",
         description="auto takes our own decoder for BART and T5; general runs transformers' model, slowly",

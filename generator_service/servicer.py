@@ -276,6 +276,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             checkpoint_digest=checkpoint.digest,
             context_tokenizer_digest=checkpoint.generator_tokenizer.digest,
             embedding_model=checkpoint.embedding_model,
+            quantization=checkpoint.source.quantization.value,
         )
 
     # --- reading

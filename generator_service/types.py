@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, StrEnum
 
 import msgspec
 
@@ -142,6 +142,13 @@ class Pooling(Enum):
     CLS = "cls"
 
 
+class Quantization(StrEnum):
+    """How weights of linear layers are held: in the model's dtype, or as int8, which changes answers a little."""
+
+    NONE = "none"
+    INT8 = "int8"
+
+
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     """Where a worker finds its models, and how it runs them.
 
@@ -157,6 +164,7 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     score_scale: float
     dtype: str
     decoder: str = "auto"
+    quantization: Quantization = Quantization.NONE
 
 
 class ModelClass(Enum):

@@ -360,6 +360,7 @@ class ModelInfo:
     checkpoint_digest: str
     context_tokenizer_digest: str
     embedding_model: str
+    quantization: str = "none"
     default_generation_config: Mapping[str, Any] = field(default_factory=dict)
 
 

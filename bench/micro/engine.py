@@ -25,7 +25,13 @@ from generator_service.engine.model_runner import ModelRunner
 from generator_service.engine.request import Request
 from generator_service.engine.scheduler import Schedule
 from generator_service.model.loader import as_backbone
-from generator_service.types import Compatibility, GenerationSettings, SequenceDecoding, Strategy
+from generator_service.types import (
+    Compatibility,
+    GenerationSettings,
+    Quantization,
+    SequenceDecoding,
+    Strategy,
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,9 @@ class Row:
 class Engine:
     """Our side, in this process: a model runner without the service around it."""
 
-    def __init__(self, model: Any, shape: Shape) -> None:
-        self._runner = ModelRunner(as_backbone(model), None, torch.device("cpu"))
+    def __init__(self, model: Any, shape: Shape, quantization: Quantization) -> None:
+        backbone = as_backbone(model, quantization=quantization)
+        self._runner = ModelRunner(backbone, None, torch.device("cpu"))
         self._config, self._shape = model.config, shape
         self._ids = itertools.count()
 
@@ -122,10 +129,18 @@ def seconds(work: Callable[[], None], repeat: int) -> float:
     return min(times)
 
 
-def measure(family: str, shape: Shape, batches: list[int], *, quick: bool, threads: int) -> Iterator[Row]:
+def measure(
+    family: str,
+    shape: Shape,
+    batches: list[int],
+    quantizations: list[Quantization],
+    *,
+    quick: bool,
+    threads: int,
+) -> Iterator[Row]:
     """Both sides on the same questions, one after the other."""
     model = generator(family)
-    engine = Engine(model, shape)
+    engines = {q: Engine(model, shape, q) for q in quantizations}
     cases = [
         (Strategy.RAG_SEQUENCE, Compatibility.MASKED),
         (Strategy.RAG_SEQUENCE, Compatibility.HF),
@@ -140,24 +155,27 @@ def measure(family: str, shape: Shape, batches: list[int], *, quick: bool, threa
             other = hugging_face(model, shape, strategy)
             took = seconds(lambda other=other, one=one: other(one), 1)
             theirs[strategy, batch] = len(one.doc_scores) / took
-        ours = batch / seconds(
-            lambda asked=asked, strategy=strategy, mode=mode: engine.answer(asked, strategy, mode),
-            1 if quick else 2,
-        )
         hf = theirs[strategy, batch]
-        yield Row(
-            family,
-            strategy.value,
-            mode.value,
-            "float32",
-            threads,
-            shape.n_docs,
-            shape.num_beams,
-            batch,
-            ours,
-            hf,
-            ours / hf,
-        )
+        for quantization, engine in engines.items():
+            ours = batch / seconds(
+                lambda engine=engine, asked=asked, strategy=strategy, mode=mode: engine.answer(
+                    asked, strategy, mode
+                ),
+                1 if quick else 2,
+            )
+            yield Row(
+                family,
+                strategy.value,
+                mode.value,
+                "int8" if quantization is Quantization.INT8 else "float32",
+                threads,
+                shape.n_docs,
+                shape.num_beams,
+                batch,
+                ours,
+                hf,
+                ours / hf,
+            )
 
 
 def main() -> None:
@@ -168,6 +186,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--models", nargs="+", default=None, choices=["bart-base", "bart-large", "t5-base"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--quantizations", nargs="+", type=Quantization, default=list(Quantization))
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
@@ -180,7 +199,12 @@ def main() -> None:
     rows = []
     for family in models:
         for row in measure(
-            family, Shape(), arguments.batches, quick=arguments.quick, threads=arguments.threads
+            family,
+            Shape(),
+            arguments.batches,
+            arguments.quantizations,
+            quick=arguments.quick,
+            threads=arguments.threads,
         ):
             rows.append(row)
             cells = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in asdict(row).values()]

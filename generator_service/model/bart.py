@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from generator_service.model import attention
+from generator_service.model import attention, linears
 from generator_service.model.backbone import AttentionBackbone, RowBatch
 from generator_service.model.kv_cache import ContextStates
 
@@ -100,8 +100,8 @@ class BartBackbone(AttentionBackbone):
             p for x in inner.decoder.layers for p in (x.encoder_attn.k_proj, x.encoder_attn.v_proj)
         ]
         self.cross_projection = attention.concatenated(*projections)
-        self.head = model.lm_head.weight
-        self.head_bias = model.final_logits_bias[0].to(self.head.dtype)
+        head = model.lm_head.weight
+        self.head = linears.projection(head, model.final_logits_bias[0].to(head.dtype))
 
     def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
         """As Backbone.encode."""
@@ -128,4 +128,4 @@ class BartBackbone(AttentionBackbone):
 
     def logits(self, states: Tensor) -> Tensor:
         """As Backbone.logits."""
-        return F.linear(states, self.head, self.head_bias).float()
+        return cast(Tensor, self.head(states)).float()

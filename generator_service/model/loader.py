@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, RagModel
@@ -12,9 +12,10 @@ from generator_service.model.backbone import Backbone
 from generator_service.model.bart import BartBackbone
 from generator_service.model.forward_modules import GeneratorModule
 from generator_service.model.general import GeneralBackbone
+from generator_service.model.linears import with_linears
 from generator_service.model.question_encoder import QuestionEncoder
 from generator_service.model.t5 import T5Backbone
-from generator_service.types import ModelSource
+from generator_service.types import ModelSource, Quantization
 
 _BACKBONES: dict[str, type[BartBackbone | T5Backbone]] = {
     "bart": BartBackbone,
@@ -52,18 +53,27 @@ def load(source: ModelSource, device: torch.device) -> LoadedModel:
         question_encoder = QuestionEncoder(
             encoder, pooling=source.pooling, normalize=source.normalize, score_scale=source.score_scale
         )
-    backbone = as_backbone(generator, source.decoder)
+    backbone = as_backbone(generator, source.decoder, source.quantization)
     return LoadedModel(backbone, question_encoder, count, source.dtype, GeneratorModule(generator))
 
 
-def as_backbone(generator: Any, decoder: str = "auto") -> Backbone:
-    """Our decoder for the model's family, or the general path; decoder="general" asks for the latter."""
+def as_backbone(
+    generator: Any, decoder: str = "auto", quantization: Quantization = Quantization.NONE
+) -> Backbone:
+    """Our decoder for the model's family, or the general path; decoder="general" asks for the latter.
+
+    Raises ValueError where int8 is asked for and cannot be had.
+    """
     generator = generator.eval().requires_grad_(False)
     family = _BACKBONES.get(generator.config.model_type)
+    if quantization is Quantization.INT8 and (
+        decoder == "general" or family is None or next(generator.parameters()).dtype != torch.float32
+    ):
+        raise ValueError("quantization int8 is for BART and T5 on our own decoder, float32 on the CPU")
     if decoder == "general" or family is None:
         return GeneralBackbone(generator)
     with torch.no_grad():
-        return family(generator).eval()
+        return cast(Backbone, with_linears(family(generator).eval(), quantization))
 
 
 def _keep_in_float32(generator: Any) -> None:

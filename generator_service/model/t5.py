@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generator_service.model import attention
+from generator_service.model import attention, linears
 from generator_service.model.backbone import AttentionBackbone, RowBatch
 from generator_service.model.kv_cache import ContextStates
 
@@ -105,7 +105,7 @@ class T5Backbone(AttentionBackbone):
         self.decoder_bias = RelativeBias(model.decoder.block[0].layer[0].SelfAttention, bidirectional=False)
         cross = [b.layer[1].EncDecAttention for b in model.decoder.block]
         self.cross_projection = attention.concatenated(*(p for x in cross for p in (x.k, x.v)))
-        self.head = model.lm_head.weight
+        self.head = linears.projection(model.lm_head.weight, None)
         scaled = bool(getattr(config, "scale_decoder_outputs", False))  # mT5's decoder never scales
         self.output_scale = float(config.d_model) ** -0.5 if scaled else 1.0
 
@@ -137,4 +137,4 @@ class T5Backbone(AttentionBackbone):
 
     def logits(self, states: Tensor) -> Tensor:
         """As Backbone.logits."""
-        return F.linear(states * self.output_scale, self.head).float()
+        return cast(Tensor, self.head(states * self.output_scale)).float()

@@ -1,0 +1,97 @@
+"""Linear layers as the CPU runs them best: weights laid out once for oneDNN, or held as int8."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from generator_service.types import Quantization
+
+_PACKED_FOR_ROWS = 32
+"""oneDNN lays a weight out for this many rows; the layout is as good from a beam's rows to an encoder's tokens."""
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b in float32 on the CPU, W in the blocks that oneDNN's kernels read.
+
+    A plain weight is laid out anew in every call, which for the few rows of a decoding step takes longer than the
+    product itself.
+    """
+
+    weight = None  # transformers' T5 asks for its dtype where there is one
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        bias = None if linear.bias is None else linear.bias.detach()
+        with torch.inference_mode(mode=False), torch.no_grad():
+            weight = linear.weight.detach().clone()
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)  # noqa: SLF001
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., in] -> [..., out]."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")  # noqa: SLF001
+        return out
+
+
+class Int8Linear(nn.Module):
+    """y = x Wᵀ + b with W int8 by output, x int8 by row: a row's result does not depend on the rows beside it.
+
+    Scales are the largest magnitudes over 127, without zero points; sums are exact int32.
+    """
+
+    weight = None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = _scale(weight)  # [out, 1]
+        self.quantized = (weight / scale).round_().to(torch.int8).t().contiguous()  # [in, out]
+        self.scale = scale[:, 0].contiguous()
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., in] -> float32 [..., out]."""
+        rows = x.reshape(-1, x.shape[-1])
+        scale = _scale(rows)
+        sums = torch._int_mm((rows / scale).round_().to(torch.int8), self.quantized)  # noqa: SLF001
+        out = torch.mul(sums, self.scale)
+        out = out.mul_(scale) if self.bias is None else torch.addcmul(self.bias, out, scale, out=out)
+        return out.view(*x.shape[:-1], -1)
+
+
+def projection(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer over a weight [out, in] that something else holds too."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def with_linears(module: nn.Module, quantization: Quantization) -> nn.Module:
+    """The module with its linear layers laid out for the CPU; the given one stays as it is.
+
+    Only what runs in float32 on the CPU changes; elsewhere the module comes back as it is.
+    """
+    if isinstance(module, nn.Linear):
+        if module.weight.device.type != "cpu" or module.weight.dtype != torch.float32:
+            return module
+        if quantization is Quantization.INT8:
+            return Int8Linear(module)
+        return PackedLinear(module) if torch.backends.mkldnn.is_available() else module
+    children = {name: with_linears(child, quantization) for name, child in module.named_children()}
+    if all(child is before for child, before in zip(children.values(), module.children(), strict=True)):
+        return module
+    changed = copy.copy(module)
+    changed.__dict__["_modules"] = {}  # copy.copy shares it with the original
+    for name, child in children.items():
+        changed.add_module(name, child)
+    return changed
+
+
+def _scale(rows: Tensor) -> Tensor:
+    """[rows, n] -> [rows, 1]; rows of zeros have the least scale there is."""
+    return rows.abs().amax(dim=1, keepdim=True).float().div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
