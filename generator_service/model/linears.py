@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        bias = None if linear.bias is None else linear.bias.detach()
+        bias = linear.bias.detach() if _has_bias(linear) else None
         with torch.inference_mode(mode=False), torch.no_grad():
             weight = linear.weight.detach().clone()
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)  # noqa: SLF001
@@ -50,7 +51,7 @@ class Int8Linear(nn.Module):
         scale = _scale(weight)  # [out, 1]
         self.quantized = (weight / scale).round_().to(torch.int8).t().contiguous()  # [in, out]
         self.scale = scale[:, 0].contiguous()
-        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.bias = linear.bias.detach().float() if _has_bias(linear) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """float [..., in] -> float32 [..., out]."""
@@ -81,7 +82,7 @@ def with_linears(module: nn.Module, quantization: Quantization) -> nn.Module:
             return module
         if quantization is Quantization.INT8:
             return Int8Linear(module)
-        return PackedLinear(module) if torch.backends.mkldnn.is_available() else module
+        return PackedLinear(module) if torch._C._has_mkldnn else module  # noqa: SLF001
     children = {name: with_linears(child, quantization) for name, child in module.named_children()}
     if all(child is before for child, before in zip(children.values(), module.children(), strict=True)):
         return module
@@ -90,6 +91,11 @@ def with_linears(module: nn.Module, quantization: Quantization) -> nn.Module:
     for name, child in children.items():
         changed.add_module(name, child)
     return changed
+
+
+def _has_bias(linear: nn.Linear) -> bool:
+    """torch's annotation denies that a bias may be None."""
+    return cast(Tensor | None, linear.bias) is not None
 
 
 def _scale(rows: Tensor) -> Tensor:
