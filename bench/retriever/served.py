@@ -96,6 +96,8 @@ class Load:
 
     def quantile_ms(self, share: float) -> float:
         """The latency in milliseconds that this share of the answers stayed under."""
+        if not self.latencies_s:
+            raise RuntimeError("no question was answered within the measurement: give more --seconds")
         ordered = sorted(self.latencies_s)
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
