@@ -348,7 +348,9 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
                 request.question_texts.texts, self._question_tokenizer, self._limits
             )
         if which == "question_tokens":
-            return wire.read_question_tokens(request.question_tokens, self._limits)
+            masks_pads = self._checkpoint.question_encoder_type == "dpr"
+            pad = self._question_tokenizer.pad_token_id if masks_pads else None
+            return wire.read_question_tokens(request.question_tokens, self._limits, pad_token_id=pad)
         raise InvalidArgumentError(oneof, "one of its fields must be set")
 
     @property

@@ -131,13 +131,18 @@ def read_question_texts(texts: Sequence[str], tokenizer: TextTokenizer, limits: 
     return Questions(ids, [[1] * len(row) for row in ids], list(texts))
 
 
-def read_question_tokens(tokens: generation_pb2.QuestionTokens, limits: RequestLimits) -> Questions:
-    """Questions given as token ids: rows lose the pads that their masks mark on the right."""
+def read_question_tokens(
+    tokens: generation_pb2.QuestionTokens, limits: RequestLimits, *, pad_token_id: int | None
+) -> Questions:
+    """Questions given as token ids: rows lose the pads that their masks mark on the right.
+
+    pad_token_id is set where the encoder masks its own pads for want of a mask (DPR, modeling_dpr.py).
+    """
     ids = tensor_codec.decode(
         tokens.input_ids, "question_tokens.input_ids", dtypes=INTEGERS, ndim=2, widen=True
     )
     limits.check_question_ids(ids, "question_tokens.input_ids")
-    mask = np.ones_like(ids)
+    mask = np.ones_like(ids) if pad_token_id is None else (ids != pad_token_id).astype(ids.dtype)
     if tokens.HasField("attention_mask"):
         mask = tensor_codec.decode(
             tokens.attention_mask, "question_tokens.attention_mask", dtypes=INTEGERS, ndim=2, widen=True

@@ -100,4 +100,5 @@ def _has_bias(linear: nn.Linear) -> bool:
 
 def _scale(rows: Tensor) -> Tensor:
     """[rows, n] -> [rows, 1]; rows of zeros have the least scale there is."""
-    return rows.abs().amax(dim=1, keepdim=True).float().div_(127).clamp_min_(torch.finfo(torch.float32).tiny)
+    largest = torch.maximum(rows.amax(dim=1, keepdim=True), -rows.amin(dim=1, keepdim=True))
+    return largest.float().div_(127).clamp_min_(torch.finfo(torch.float32).tiny)

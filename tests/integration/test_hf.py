@@ -119,6 +119,17 @@ def test_encode_retrieve_forward_apart(pair: TinyPair, remote: Any, retriever: R
     assert_same(*found)
 
 
+def test_questions_without_a_mask_lose_their_pads_as_in_dpr(pair: TinyPair) -> None:
+    """DPR masks its own pads where no mask is given: attending to them would change the vectors."""
+    ids = inputs()["input_ids"]
+    assert (ids == tokenizer().pad_token_id).any()
+    remote = RemoteRagModel(pair.generator.grpc)
+    with torch.no_grad():
+        theirs = stock(pair, remote).question_encoder(ids)[0]
+    torch.testing.assert_close(remote.question_encoder(ids)[0].detach(), theirs, atol=1e-5, rtol=1e-5)
+    remote.close()
+
+
 def trimmed(rows: torch.Tensor) -> list[list[int]]:
     """Without the pads, and what HF puts after the end: widths differ (docs/parity.md, 10)."""
     out = []

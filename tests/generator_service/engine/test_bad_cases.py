@@ -27,7 +27,7 @@ class FakeRunner:
     backbone: Any = type(
         "FakeBackbone",
         (),
-        {"context_bytes": staticmethod(lambda _: 4), "slot_bytes": staticmethod(lambda: 4)},
+        {"page_slots": 1, "context_bytes": staticmethod(lambda _: 4), "slot_bytes": staticmethod(lambda: 4)},
     )
 
     def __init__(self) -> None:
