@@ -173,6 +173,7 @@ def tiny_rag(family: str, seed: int = 0, decoder: str = "auto") -> TinyRag:
         torch.manual_seed(seed)
         generator = tiny_generator(family, seed)
         encoder_config = DPRConfig(
+            pad_token_id=1,
             vocab_size=VOCAB_SIZE,
             hidden_size=16,
             num_hidden_layers=1,
