@@ -122,6 +122,10 @@ format: setup ## rewrite the sources as ruff would have them
 test: setup ## run every test (PYTEST_ARGS= picks some)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+.PHONY: faults
+faults: setup ## kill a process that changes a corpus, N=200 times, and check what the next start finds
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --kills "$(or $(N),200)"
+
 .PHONY: clean
 clean: ## remove what was built; var/ (indexes) and .venv go too
 	rm -rf $(VENV) $(STAMPS) rag var build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

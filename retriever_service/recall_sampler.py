@@ -60,7 +60,10 @@ class RecallSampler:
         self, vector: Float32Array, n_docs: int, rows: Int64Array, selection: Selection | None
     ) -> None:
         began_s = time.monotonic()
-        among = self._store.rows() if selection is None else selection.rows
+        living = self._store.rows()
+        if not np.isin(rows[rows >= 0], living).all():
+            return  # a document of the answer was deleted or replaced since: no fault of the index
+        among = living if selection is None else np.intersect1d(selection.rows, living)
         best = exact_search(self._store, vector, n_docs, self._index.metric, among)[0]
         if len(best):
             self._metrics.live_recall_ratio.observe(float(np.isin(best, rows).mean()))

@@ -13,6 +13,7 @@ import pytest
 from google.protobuf import struct_pb2
 
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
+from rag_client.filters import metadata_filter
 from retriever_service.maintenance import Maintenance
 from tests.retriever_service.servicer_calls import DIM, array, request, tensor, violated_fields
 from tests.retriever_service.tiny_models import make_documents, write_jsonl
@@ -210,13 +211,13 @@ async def test_compaction_swaps_under_load_and_generations_can_be_pinned(
 
         load = [asyncio.create_task(search()) for _ in range(4)]
         for round_ in range(3):
-            await upsert(stub, batch(f"fresh-{round_}", seed=round_))
+            await upsert(stub, batch(f"fresh-{round_}", seed=round_ + 5))
             operation = await compact(stub)
             assert operation.response.generation == round_ + 2
             assert operation.response.ntotal == 61 + round_
         stop.set()
         await asyncio.gather(*load)
-        assert (await keys_found(stub, 0, 1, generation=3)) == ["fresh-0"]
+        assert (await keys_found(stub, 5, 1, generation=3)) == ["fresh-0"]
         with pytest.raises(grpc.aio.AioRpcError, match="3, 4 can be pinned") as caught:
             await keys_found(stub, 0, generation=1)
         assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
@@ -313,3 +314,30 @@ async def test_upserts_of_many_callers_all_arrive(serve_retriever: Serve, folder
         await asyncio.gather(*(caller(number) for number in range(8)))
         index = await stub.GetIndex(retriever_service_pb2.GetIndexRequest())
         assert (index.ntotal, index.sequence) == (100, 40)
+
+
+async def test_filters_follow_changes_and_compactions(serve_retriever: Serve, folder: Path) -> None:
+    """A filter's rows are kept between requests: they must not outlive the corpus that they were found in."""
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+
+        async def found() -> list[str]:
+            return sorted(set(await keys_found(stub, 5, 5, filter=metadata_filter({"new": True}))))
+
+        async def write(new: bool, *keys: str) -> None:
+            asked = batch(*keys, seed=5)
+            for document in asked.documents:
+                document.metadata.update({"new": new})
+            await upsert(stub, asked)
+
+        assert await found() == []
+        await write(True, "fresh", "other")
+        assert await found() == ["fresh", "other"]
+        await compact(stub)
+        assert await found() == ["fresh", "other"]
+        gone = [retriever_service_pb2.DocumentReference(key="fresh")]
+        await stub.DeleteDocuments(retriever_service_pb2.DeleteDocumentsRequest(documents=gone))
+        assert await found() == ["other"]
+        await write(False, "other")
+        assert await found() == []
+        await compact(stub)
+        assert await found() == []

@@ -1,0 +1,235 @@
+"""Kills a process that changes a corpus, again and again, and checks what the next start finds."""
+
+import collections
+import json
+import multiprocessing
+import random
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from retriever_service.corpus.local import LocalCorpus
+from retriever_service.index.faiss_index import set_num_threads
+from retriever_service.ingest.build import BuildOptions, build_index
+from retriever_service.ingest.reader import CorpusReader
+from retriever_service.ingest.verify import verify_index
+from retriever_service.types import SearchParameters
+from tests.faults.changing_corpus import (
+    EMBEDDING,
+    FOLDERS,
+    Change,
+    Switch,
+    apply,
+    change_until_killed,
+    open_active,
+    vector_of,
+)
+
+KINDS = ("upsert", "delete", "compact", "activate")
+_KINDS_OF_INDEX = {"flat": "Flat", "graph": "HNSW8"}
+_BUILT = 100
+_LONGEST_S = 0.05
+
+
+class KilledCorpus:
+    """Two index folders, of which one serves, and what must be in them."""
+
+    def __init__(self, root: Path, seed: int) -> None:
+        self.home = root / FOLDERS[0]
+        self._root = root
+        self._random = random.Random(seed)
+        self._processes = multiprocessing.get_context("forkserver")
+        self._processes.set_forkserver_preload(["tests.faults.changing_corpus"])
+        self._took_s = dict.fromkeys(KINDS, 0.002)
+        self.texts: dict[str, dict[str, str]] = {}
+        self.active = FOLDERS[0]
+        self.acknowledged = 0
+        self._last: tuple[Change, object] | None = None
+        documents = [{"key": f"doc-{row}", "title": "", "text": f"built {row}"} for row in range(_BUILT)]
+        for name in FOLDERS:
+            build_tiny(root / name, documents, _KINDS_OF_INDEX[name])
+            self.texts[name] = {one["key"]: one["text"] for one in documents}
+
+    def kill_during(self, kind: str) -> list[str]:
+        """Starts a process, kills it in or soon after a change of this kind, and checks what is left.
+
+        Returns the kinds of what was under way. Raises AssertionError.
+        """
+        pending = self._killed_at(kind)
+        self._settle([one for one in pending if isinstance(one, Switch)])
+        changes = [one for one in pending if isinstance(one, Change)]
+        assert len(changes) <= 1, "changes come one after another"
+        for name in FOLDERS:
+            verify_index(self._root / name, lambda step: None)
+        corpus = open_active(self.home)
+        try:
+            for change in changes:
+                self._finish(corpus, change)
+            if self._last is not None and self._last[0].folder == self.active:
+                again, answer = self._last
+                assert apply(corpus, again) == answer, "a repeated request_id was done twice"
+            self._check(corpus)
+        finally:
+            corpus.close()
+        for name in set(FOLDERS) - {self.active}:
+            other = LocalCorpus(self._root / name)
+            try:
+                self._check(other)
+            finally:
+                other.close()
+        return [one.kind for one in pending]
+
+    def _killed_at(self, kind: str) -> list[Change | Switch]:
+        """Runs the process until it is killed; returns what it had begun and not acknowledged."""
+        ours, theirs = self._processes.Pipe(duplex=False)
+        process = self._processes.Process(
+            target=change_until_killed,
+            args=(self.home, theirs, self._random.randrange(2**31), kind in {"compact", "activate"}),
+            daemon=True,
+        )
+        process.start()
+        theirs.close()
+        begun: dict[str, tuple[Change | Switch, float]] = {}
+        skipped = self._random.randrange(4)
+        kill_at_s = time.monotonic() + 60
+        killed = False
+        try:
+            while True:
+                left_s = kill_at_s - time.monotonic()
+                if not killed and (left_s <= 0 or not ours.poll(left_s)):
+                    process.kill()
+                    killed = True
+                    continue
+                heard = self._hear(ours, begun)
+                if not killed and heard == kind:
+                    skipped -= 1
+                    if skipped < 0:
+                        kill_at_s = time.monotonic() + self._random.uniform(0, 1.2) * self._took_s[kind]
+                        skipped = sys.maxsize
+        except (EOFError, OSError):
+            pass
+        finally:
+            process.kill()
+            process.join()
+            ours.close()
+        assert killed, f"the process ended by itself: exit code {process.exitcode}"
+        return [one for one, _ in begun.values()]
+
+    def _hear(self, events: Connection, begun: dict[str, tuple[Change | Switch, float]]) -> str:
+        """Takes one event; returns the kind of what has begun, "" where something is done."""
+        what, change, answer = events.recv()
+        place = "change" if isinstance(change, Change) else "switch"
+        if what == "begun":
+            begun[place] = change, time.monotonic()
+            return str(change.kind)
+        _, began_s = begun.pop(place)
+        self._took_s[change.kind] += 0.2 * (
+            min(_LONGEST_S, time.monotonic() - began_s) - self._took_s[change.kind]
+        )
+        self.acknowledged += 1
+        if isinstance(change, Change):
+            self._note(change)
+            self._last = change, answer
+        elif change.kind == "activate":
+            self.active = change.folder
+        return ""
+
+    def _note(self, change: Change) -> None:
+        texts = self.texts[change.folder]
+        for key, text in change.texts.items():
+            if text is None:
+                texts.pop(key, None)
+            else:
+                texts[key] = text
+
+    def _settle(self, switches: list[Switch]) -> None:
+        """An activation that was not acknowledged may have been done or not."""
+        corpus = open_active(self.home)
+        found = corpus.folder.name
+        corpus.close()
+        allowed = {self.active, *(one.folder for one in switches if one.kind == "activate")}
+        assert found in allowed, f"{found} serves, not {allowed}"
+        self.active = found
+
+    def _finish(self, corpus: LocalCorpus, change: Change) -> None:
+        """A change that was not acknowledged is there wholly or not at all; sent again, it is done once."""
+        if change.folder != self.active:
+            # It was written before the activation that followed it.
+            other = LocalCorpus(self._root / change.folder)
+            try:
+                self._finish_in(other, change)
+            finally:
+                other.close()
+            return
+        self._finish_in(corpus, change)
+
+    def _finish_in(self, corpus: LocalCorpus, change: Change) -> None:
+        now = _texts_of(corpus)
+        before = dict(self.texts[change.folder])
+        self._note(change)
+        after = self.texts[change.folder]
+        assert now in (before, after), f"half of {change} is there"
+        sequence = corpus.sequence
+        answer = apply(corpus, change)
+        if now == after and now != before:
+            assert corpus.sequence == sequence, "a repeated request_id was done twice"
+        self._last = change, answer
+
+    def _check(self, corpus: LocalCorpus) -> None:
+        """Holds a corpus against what was acknowledged, by listing, reading, searching."""
+        wanted = self.texts[corpus.folder.name]
+        found = _texts_of(corpus)
+        lost = {key for key, text in wanted.items() if found.get(key) != text}
+        assert not lost, f"acknowledged and lost: {sorted(lost)}"
+        assert found.keys() == wanted.keys(), f"deleted and back: {sorted(found.keys() - wanted.keys())}"
+        generation = corpus.generation
+        index, store = generation.index, generation.store
+        assert index.ntotal == len(store) == len(wanted)
+        documents = store.documents_by_key(list(wanted))
+        rows = [documents[key].row for key in wanted]
+        vectors = np.stack([vector_of(text) for text in wanted.values()])
+        assert np.array_equal(store.embeddings_of(rows), vectors), "embeddings and documents are mixed up"
+        hits, _ = index.search(vectors[:16], len(wanted) + 5, SearchParameters())
+        for hit in hits:
+            returned = [row for row in hit.tolist() if row >= 0]
+            assert len(returned) == len(set(returned)), "a document is found twice"
+            assert set(returned) <= set(rows), "something deleted is found"
+            assert not index.is_exhaustive or set(returned) == set(rows), (
+                "an acknowledged document is not found"
+            )
+
+
+def build_tiny(folder: Path, documents: list[dict[str, str]], kind: str = "Flat") -> None:
+    """Builds an index of documents that have a key, a title and a text; the corpus file lies beside it."""
+    file = folder.with_suffix(".jsonl")
+    lines = [json.dumps({**one, "embedding": vector_of(one["text"]).tolist()}) for one in documents]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    build_index(
+        CorpusReader(file),
+        folder,
+        encoder=None,
+        embedding_name=EMBEDDING.name,
+        options=BuildOptions(kind=kind),
+        progress=lambda stage, done, total: None,
+    )
+
+
+def _texts_of(corpus: LocalCorpus) -> dict[str, str]:
+    return {document.key: document.text for document in corpus.page(None, 10_000).documents}
+
+
+def run(root: Path, kills: int, seed: int, *, say: bool = False) -> collections.Counter[str]:
+    """Kills so many processes; returns how often each kind of change was under way. Raises AssertionError."""
+    set_num_threads(1)
+    corpus = KilledCorpus(root, seed)
+    counts: collections.Counter[str] = collections.Counter()
+    for number in range(kills):
+        under_way = corpus.kill_during(KINDS[number % len(KINDS)])
+        counts.update(under_way or ["between changes"])
+        if say and (number + 1) % 20 == 0:
+            print(f"{number + 1} kills, {corpus.acknowledged} acknowledged, {dict(counts)}", flush=True)
+    counts["acknowledged"] = corpus.acknowledged
+    return counts
