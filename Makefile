@@ -74,6 +74,14 @@ eval-demo: setup ## measure the demo through the running pair; all questions ren
 bench-engine: setup ## the engine against Hugging Face (QUICK=1 the smaller part, JSON=file writes rows)
 	@$(BIN)/python -m bench.micro.engine $(bench_flags)
 
+.PHONY: bench-ablation
+bench-ablation: setup ## the engine without each of its ideas (QUICK=1, JSON=file, BENCH_ARGS="--device cuda:0")
+	@$(BIN)/python -m bench.micro.ablation $(bench_flags)
+
+.PHONY: bench-gpu
+bench-gpu: setup ## on a CUDA device: the engine against Hugging Face and the card's floor (QUICK=1, JSON=file)
+	@$(BIN)/python -m bench.micro.gpu $(bench_flags)
+
 .PHONY: bench-retriever
 bench-retriever: setup ## the served retriever against faiss and RagRetriever (QUICK=1, JSON=file)
 	@$(BIN)/python -m bench.retriever $(bench_flags)

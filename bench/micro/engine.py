@@ -25,13 +25,19 @@ from generator_service.engine.model_runner import ModelRunner
 from generator_service.engine.request import Request
 from generator_service.engine.scheduler import Schedule
 from generator_service.model.loader import as_backbone
+from generator_service.model.paged.backbone import PagedBackbone, paged
 from generator_service.types import (
     Compatibility,
     GenerationSettings,
+    Hypothesis,
     Quantization,
     SequenceDecoding,
     Strategy,
 )
+
+GRAPH_ROWS = 1280
+"""Rows of the largest step with a CUDA graph: 64 questions of Shape(). A worker's is its max_rows."""
+_ARENA_BYTES = 16 * 2**30
 
 
 @dataclass(frozen=True)
@@ -52,21 +58,41 @@ class Row:
 
 
 class Engine:
-    """Our side, in this process: a model runner without the service around it."""
+    """Our side, in this process: a model runner without the service around it.
 
-    def __init__(self, model: Any, shape: Shape, quantization: Quantization) -> None:
+    It runs on the model's device; on CUDA as a worker does, over an arena of pages, with graphs of graph_rows rows (0:
+    without). forced_tokens asks for BART's usual first and last token.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        shape: Shape,
+        quantization: Quantization = Quantization.NONE,
+        *,
+        graph_rows: int = GRAPH_ROWS,
+        forced_tokens: bool = False,
+    ) -> None:
         backbone = as_backbone(model, quantization=quantization)
-        self._runner = ModelRunner(backbone, None, torch.device("cpu"))
-        self._config, self._shape = model.config, shape
+        if model.device.type == "cuda":
+            backbone = paged(backbone, budget_bytes=_ARENA_BYTES, max_rows=graph_rows)
+        if isinstance(backbone, PagedBackbone):
+            backbone.warm_up()
+        self._runner = ModelRunner(backbone, None, model.device)
+        self._config, self._shape, self._forced = model.config, shape, forced_tokens
         self._ids = itertools.count()
 
-    def answer(self, batch: Questions, strategy: Strategy, compatibility: Compatibility) -> None:
-        """Answer a batch of questions that arrive together."""
+    def answer(
+        self, batch: Questions, strategy: Strategy, compatibility: Compatibility
+    ) -> list[list[Hypothesis]]:
+        """Answer a batch of questions that arrive together; the answers stand in their order."""
         requests = list(self._requests(batch, strategy, compatibility))
-        schedule, answered = Schedule(admit=requests), 0
-        while answered < len(requests):
-            answered += len(self._runner.execute(schedule).answered)
+        schedule, answers = Schedule(admit=requests), dict[int, list[Hypothesis]]()
+        while len(answers) < len(requests):
+            for request, hypotheses in self._runner.execute(schedule).answered:
+                answers[request.request_id] = hypotheses
             schedule = Schedule()
+        return [answers[request.request_id] for request in requests]
 
     def _requests(
         self, batch: Questions, strategy: Strategy, compatibility: Compatibility
@@ -80,6 +106,8 @@ class Engine:
             eos_token_ids=(config.eos_token_id,),
             pad_token_id=config.pad_token_id,
             bos_token_id=config.bos_token_id,
+            forced_bos_token_id=config.bos_token_id if self._forced else None,
+            forced_eos_token_id=config.eos_token_id if self._forced else None,
         )
         for index, scores in enumerate(batch.doc_scores.tolist()):
             rows = range(index * n_docs, (index + 1) * n_docs)
@@ -100,16 +128,20 @@ class Engine:
 
 
 def hugging_face(model: Any, shape: Shape, strategy: Strategy) -> Callable[[Questions], None]:
-    """The other side: generate of the class, on the contexts padded as RagRetriever pads them."""
+    """The other side: generate of the class, on the contexts padded as RagRetriever pads them.
+
+    It runs on the model's device and in its dtype.
+    """
     cls = RagTokenForGeneration if strategy is Strategy.RAG_TOKEN else RagSequenceForGeneration
-    whole = rag(cls, model, shape.n_docs)
+    device = model.device
+    whole = rag(cls, model, shape.n_docs).to(device)
     length = shape.answer_length + 1
 
     def answer(batch: Questions) -> None:
         whole.generate(
-            context_input_ids=batch.input_ids,
-            context_attention_mask=batch.attention_mask,
-            doc_scores=batch.doc_scores,
+            context_input_ids=batch.input_ids.to(device),
+            context_attention_mask=batch.attention_mask.to(device),
+            doc_scores=batch.doc_scores.to(device),
             num_beams=shape.num_beams,
             max_length=length,
             min_length=length,
@@ -119,12 +151,14 @@ def hugging_face(model: Any, shape: Shape, strategy: Strategy) -> Callable[[Ques
     return answer
 
 
-def seconds(work: Callable[[], None], repeat: int) -> float:
+def seconds(work: Callable[[], object], repeat: int) -> float:
     """The least time of several runs: the one that the machine disturbed least."""
     times = []
     for _ in range(repeat):
         started = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return min(times)
 

@@ -20,6 +20,9 @@ from transformers import (
 PADDED_LENGTH = 300
 """RagRetriever pads every context to max_combined_length."""
 
+BART_SHAPES = {"bart-base-2": (2, 768, 12), "bart-base": (6, 768, 12), "bart-large": (12, 1024, 16)}
+"""Layers, width, heads; bart-base-2 has two layers of bart-base."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -41,7 +44,7 @@ class Questions:
 
 
 def generator(family: str) -> Any:
-    """A seq2seq model with the shapes of bart-base, bart-large or t5-base, and random weights."""
+    """A seq2seq model with the shapes of t5-base or one of BART_SHAPES, and random weights."""
     torch.manual_seed(0)
     if family == "t5-base":
         # pad id 3: with 0, transformers' beam search fills short hypotheses with the end token (docs/parity.md)
@@ -50,7 +53,7 @@ def generator(family: str) -> Any:
         )
         config.decoder_start_token_id, config.bos_token_id = 0, None
         return T5ForConditionalGeneration(config).eval()
-    layers, width, heads = (6, 768, 12) if family == "bart-base" else (12, 1024, 16)
+    layers, width, heads = BART_SHAPES[family]
     config = BartConfig(
         vocab_size=50265,
         d_model=width,

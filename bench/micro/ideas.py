@@ -1,0 +1,134 @@
+"""The engine's ideas, each with a way to switch it off: the plain way of doing the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.micro.workload import Questions
+from generator_service.decoding import rag_sequence
+from generator_service.engine.search import Search
+from generator_service.model import attention, loader
+from generator_service.model.backbone import RowBatch
+from generator_service.model.paged import rows as paged_rows
+from generator_service.types import Quantization, Strategy
+
+_BOTH = tuple(Strategy)
+_EVERYWHERE = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Idea:
+    """An idea, and what stands in its place while `off` is entered.
+
+    exact: answers stay the same without it (up to float rounding). graphs: CUDA graphs are captured.
+    """
+
+    name: str
+    off: Callable[[], AbstractContextManager[Any]] = nullcontext
+    questions: Callable[[Questions], Questions] = lambda asked: asked
+    strategies: tuple[Strategy, ...] = _BOTH
+    devices: tuple[str, ...] = _EVERYWHERE
+    exact: bool = True
+    graphs: bool = True
+
+
+def padded(asked: Questions) -> Questions:
+    """Pads taken for tokens, so that all contexts are as long as Hugging Face's."""
+    return Questions(asked.input_ids, torch.ones_like(asked.attention_mask), asked.doc_scores)
+
+
+def separate_rows(candidates: Sequence[Sequence[int]], device: torch.device) -> rag_sequence.PrefixTree:
+    """As rag_sequence.build_tree, but a prefix that candidates share has a row in each of them."""
+    trees = [_build_tree([candidate], device) for candidate in candidates]
+    edge_rows, paths, first_row, first_edge = [], [], 0, 0
+    for tree in trees:
+        edge_rows.append(tree.edge_rows + first_row)
+        paths.append([first_edge + edge for edge in tree.paths[0]])
+        first_row += int(tree.token_ids.shape[0])
+        first_edge += int(tree.edge_tokens.shape[0])
+    return rag_sequence.PrefixTree(
+        token_ids=torch.cat([t.token_ids for t in trees]),
+        positions=torch.cat([t.positions for t in trees]),
+        ancestry=torch.block_diag(*[t.ancestry.int() for t in trees]).bool(),
+        edge_rows=torch.cat(edge_rows),
+        edge_tokens=torch.cat([t.edge_tokens for t in trees]),
+        paths=paths,
+    )
+
+
+_build_tree = rag_sequence.build_tree  # separate_rows stands in its place
+
+
+def attention_by_row(copies: bool) -> Callable[..., Tensor]:
+    """attention.cross_attention with each row reading its context for itself; from a copy of its own, if asked."""
+
+    def cross_attention(
+        query: Tensor, batch: RowBatch, layer: int, heads: int, *, scale: float | None
+    ) -> Tensor:
+        out = torch.empty_like(query)
+        for block, start, _ in batch.spans():
+            rows = int(block.token_ids.shape[0])
+            for index, context in enumerate(block.contexts):
+                if context.cross is None:
+                    raise TypeError("a backbone that keeps no keys and values")
+                low = start + index * rows
+                part = query[low : low + rows].view(rows, heads, 1, -1)
+                keys, values = (context.cross[2 * layer + which].expand(rows, -1, -1, -1) for which in (0, 1))
+                if copies:
+                    keys, values = keys.contiguous(), values.contiguous()
+                attended = F.scaled_dot_product_attention(part, keys, values, scale=scale)
+                out[low : low + rows] = attended.flatten(1)
+        return out
+
+    return cross_attention
+
+
+def _plain_linears(module: nn.Module, _: Quantization) -> nn.Module:
+    return module
+
+
+IDEAS = (
+    Idea("contexts without pads", questions=padded, exact=False),
+    Idea(
+        "keys and values read once for all rows of a context",
+        off=lambda: patch.object(attention, "cross_attention", attention_by_row(copies=False)),
+        devices=("cpu",),
+    ),
+    Idea(
+        "keys and values read once, and never copied for a row",
+        off=lambda: patch.object(attention, "cross_attention", attention_by_row(copies=True)),
+        devices=("cpu",),
+    ),
+    Idea(
+        "keys and values read once for a tile of rows",
+        off=lambda: patch.object(paged_rows, "TILE_ROWS", 1),
+        devices=("cuda",),
+    ),
+    Idea(
+        "candidates as a prefix tree",
+        off=lambda: patch.object(rag_sequence, "build_tree", separate_rows),
+        strategies=(Strategy.RAG_SEQUENCE,),
+    ),
+    Idea(
+        "first step with one row a context",
+        off=lambda: patch.object(Search, "rows", property(lambda search: search.key.width)),
+    ),
+    Idea(
+        "no head and no last step for forced tokens",
+        off=lambda: patch.object(Search, "forced_token", property(lambda _: None)),
+    ),
+    Idea(
+        "weights laid out once",
+        off=lambda: patch.object(loader, "with_linears", _plain_linears),
+        devices=("cpu",),
+    ),
+    Idea("CUDA graphs", devices=("cuda",), graphs=False),
+)
