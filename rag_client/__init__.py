@@ -2,6 +2,7 @@
 
 from rag_client.aio import GENERATOR_SERVICE, RETRIEVER_SERVICE, AsyncRagClient
 from rag_client.client import RagClient
+from rag_client.corpus import CorpusDocument, Deleted, Upserted
 from rag_client.errors import (
     AccessError,
     BusyError,
@@ -54,6 +55,8 @@ __all__ = [
     "AsyncRagClient",
     "BusyError",
     "Contexts",
+    "CorpusDocument",
+    "Deleted",
     "Document",
     "DocumentLookup",
     "EncoderOutputs",
@@ -85,5 +88,6 @@ __all__ = [
     "TokenSource",
     "UnavailableError",
     "UnreachableError",
+    "Upserted",
     "Usage",
 ]

@@ -1,6 +1,6 @@
 """The client for asyncio: one method a call of the contract, plain data in and out."""
 
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -11,7 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from rag.generator.v1 import forward_pb2, generator_service_pb2, generator_service_pb2_grpc
 from rag.retriever.v1 import retriever_service_pb2, retriever_service_pb2_grpc
-from rag_client import messages
+from rag_client import corpus, messages
+from rag_client.corpus import CorpusDocument, Deleted, Upserted
 from rag_client.errors import from_rpc_error
 from rag_client.forward import ForwardAssembly, ForwardInput, forward_request
 from rag_client.messages import Input, Questions, Targets
@@ -46,8 +47,8 @@ ResponseT = TypeVar("ResponseT")
 class AsyncRagClient:
     """Talks to a generator and, where its address is given, to a retriever; make it inside an event loop.
 
-    No call but a forward with use_cache leaves anything at the services, so all of them are sent again where a
-    replica was UNAVAILABLE.
+    Calls are sent again where a replica was UNAVAILABLE: they leave nothing at the services, or, as changes of the
+    corpus do, have a request_id by which they are done once.
     Every method takes `timeout_s`, which wins over the client's; every failed call raises RagClientError.
     """
 
@@ -218,6 +219,82 @@ class AsyncRagClient:
         stub, address = self._retriever_stub()
         call = stub.GetIndex(retriever_service_pb2.GetIndexRequest(), timeout=self._time(timeout_s))
         return messages.index_info(await self._answer(call, address))
+
+    async def upsert_documents(
+        self,
+        documents: Sequence[CorpusDocument],
+        embeddings: npt.NDArray[np.floating[Any]] | None = None,
+        *,
+        request_id: str | None = None,
+        create_only: bool = False,
+        batch_size: int = 256,
+        timeout_s: float | None = None,
+    ) -> Upserted:
+        """Writes documents with embeddings [documents, dim], or those that the retriever's encoder makes.
+
+        Each batch is all or nothing. After an error the same call with the same `request_id` writes what is missing.
+        """
+        stub, address = self._retriever_stub()
+        request_id = corpus.new_request_id(request_id)
+        requests = corpus.upsert_batches(
+            documents, embeddings, request_id, batch_size, create_only=create_only
+        )
+        responses = await corpus.send_upserts(stub, requests, address, self._time(timeout_s))
+        return corpus.upserted(request_id, responses)
+
+    async def delete_documents(
+        self,
+        keys: Sequence[str],
+        *,
+        etags: Mapping[str, str] | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Deleted:
+        """Deletes documents, all or none of them; `etags` by key must be the stored ones."""
+        stub, address = self._retriever_stub()
+        request_id = corpus.new_request_id(request_id)
+        call = stub.DeleteDocuments(
+            corpus.delete_request(keys, etags, request_id), timeout=self._time(timeout_s)
+        )
+        return corpus.deleted(request_id, await self._answer(call, address))
+
+    async def list_documents(
+        self, *, page_size: int = 100, timeout_s: float | None = None
+    ) -> AsyncGenerator[CorpusDocument]:
+        """Yields all documents in the order of their keys; `timeout_s` is for each page."""
+        stub, address = self._retriever_stub()
+        token = ""
+        while True:
+            request = retriever_service_pb2.ListDocumentsRequest(page_size=page_size, page_token=token)
+            page: Any = await self._answer(
+                stub.ListDocuments(request, timeout=self._time(timeout_s)), address
+            )
+            for document in corpus.listed(page):
+                yield document
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def compact_index(self, *, timeout_s: float | None = None) -> IndexInfo:
+        """Writes the corpus into a new snapshot and waits until it serves."""
+        stub, address = self._retriever_stub()
+        request = retriever_service_pb2.CompactIndexRequest()
+        begun: Any = await self._answer(stub.CompactIndex(request, timeout=self._time(timeout_s)), address)
+        return await corpus.wait_for(stub, begun.operation, address, self._time(timeout_s))
+
+    async def activate_index(
+        self, index_folder: str, *, ignore_callers: bool = False, timeout_s: float | None = None
+    ) -> IndexInfo:
+        """Lets another index folder of the retriever's serve, waits until it does; going back is the same call.
+
+        With `ignore_callers`, also one that does not fit the question encoders that asked of late.
+        """
+        stub, address = self._retriever_stub()
+        request = retriever_service_pb2.ActivateIndexRequest(
+            index_folder=index_folder, ignore_callers=ignore_callers
+        )
+        begun: Any = await self._answer(stub.ActivateIndex(request, timeout=self._time(timeout_s)), address)
+        return await corpus.wait_for(stub, begun.operation, address, self._time(timeout_s))
 
     async def health(self, *, timeout_s: float | None = None) -> dict[str, Health]:
         """Says by service name whether each side serves; a side that does not answer is UNREACHABLE."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rag_client.aio import AsyncRagClient
+from rag_client.corpus import CorpusDocument, Deleted, Upserted
 from rag_client.forward import ForwardInput
 from rag_client.messages import Input, Questions, Targets
 from rag_client.options import (
@@ -178,6 +179,65 @@ class RagClient:
     def get_index(self, *, timeout_s: float | None = None) -> IndexInfo:
         """Describes the index that answers."""
         return self._wait(self._client.get_index(timeout_s=timeout_s))
+
+    def upsert_documents(
+        self,
+        documents: Sequence[CorpusDocument],
+        embeddings: npt.NDArray[np.floating[Any]] | None = None,
+        *,
+        request_id: str | None = None,
+        create_only: bool = False,
+        batch_size: int = 256,
+        timeout_s: float | None = None,
+    ) -> Upserted:
+        """Writes documents with embeddings [documents, dim], or those that the retriever's encoder makes.
+
+        Each batch is all or nothing. After an error the same call with the same `request_id` writes what is missing.
+        """
+        call = self._client.upsert_documents(
+            documents,
+            embeddings,
+            request_id=request_id,
+            create_only=create_only,
+            batch_size=batch_size,
+            timeout_s=timeout_s,
+        )
+        return self._wait(call)
+
+    def delete_documents(
+        self,
+        keys: Sequence[str],
+        *,
+        etags: Mapping[str, str] | None = None,
+        request_id: str | None = None,
+        timeout_s: float | None = None,
+    ) -> Deleted:
+        """Deletes documents, all or none of them; `etags` by key must be the stored ones."""
+        call = self._client.delete_documents(keys, etags=etags, request_id=request_id, timeout_s=timeout_s)
+        return self._wait(call)
+
+    def list_documents(
+        self, *, page_size: int = 100, timeout_s: float | None = None
+    ) -> Iterator[CorpusDocument]:
+        """Yields all documents in the order of their keys; `timeout_s` is for each page."""
+        documents = self._client.list_documents(page_size=page_size, timeout_s=timeout_s)
+        try:
+            while (document := self._wait(_next(documents))) is not None:
+                yield document
+        finally:
+            if not self._loop.is_closed():
+                self._wait(documents.aclose())
+
+    def compact_index(self, *, timeout_s: float | None = None) -> IndexInfo:
+        """Writes the corpus into a new snapshot and waits until it serves."""
+        return self._wait(self._client.compact_index(timeout_s=timeout_s))
+
+    def activate_index(
+        self, index_folder: str, *, ignore_callers: bool = False, timeout_s: float | None = None
+    ) -> IndexInfo:
+        """Lets another index folder of the retriever's serve, waits until it does; going back is the same call."""
+        call = self._client.activate_index(index_folder, ignore_callers=ignore_callers, timeout_s=timeout_s)
+        return self._wait(call)
 
     def health(self, *, timeout_s: float | None = None) -> dict[str, Health]:
         """Says by service name whether each side serves; a side that does not answer is UNREACHABLE."""

@@ -102,6 +102,8 @@ _BY_CODE: dict[grpc.StatusCode, type[RagClientError]] = {
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.UNIMPLEMENTED: NotFoundError,
     grpc.StatusCode.FAILED_PRECONDITION: RefusedError,
+    grpc.StatusCode.ABORTED: RefusedError,
+    grpc.StatusCode.ALREADY_EXISTS: RefusedError,
     grpc.StatusCode.UNAUTHENTICATED: AccessError,
     grpc.StatusCode.PERMISSION_DENIED: AccessError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: BusyError,
@@ -132,6 +134,11 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> RagClientError:
         retry_after_s=retry.retry_delay.ToNanoseconds() / 1e9 if retry is not None else None,
         metadata=dict(info.metadata) if info is not None else None,
     )
+
+
+def error_of(code: grpc.StatusCode, message: str, address: str, reason: str) -> RagClientError:
+    """Returns the error of an operation that failed at `address`."""
+    return _BY_CODE.get(code, ServiceError)(message, code=code, address=address, reason=reason)
 
 
 def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:

@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from rag_serving.errors import AbortedError, CancelledByCallerError
+from rag_serving.metrics import Metrics
 from retriever_service.corpus.base import Delete, NewDocument, Upsert
 from retriever_service.corpus.local import LocalCorpus
 from retriever_service.errors import (
@@ -23,6 +25,8 @@ from retriever_service.errors import (
     RequestIdReusedError,
 )
 from retriever_service.index.manifest import Embedding
+from retriever_service.metrics import RetrieverMetrics
+from retriever_service.recall_sampler import RecallSampler
 from retriever_service.types import SearchParameters, Selection
 from tests.retriever_service.tiny_models import make_documents
 
@@ -275,3 +279,32 @@ def test_any_damaged_file_of_a_compaction_is_named(folder: Path, tmp_path: Path)
         with pytest.raises(DamagedIndexError, match=Path(name).name), opened(copy):
             pass
         shutil.rmtree(copy)
+
+
+def test_live_recall_is_measured_among_the_documents_that_live(
+    tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
+    """An answer whose document was deleted before it was sampled would have counted as a bad search."""
+    build_corpus(corpus, tmp_path / "index", kind="HNSW32", ef_search=200)
+    metrics = RetrieverMetrics(Metrics("retriever"))
+
+    def sampled() -> tuple[float, float]:
+        (family,) = metrics.live_recall_ratio.collect()
+        values = {sample.name.rpartition("_")[2]: sample.value for sample in family.samples}
+        return values["count"], values["sum"]
+
+    with opened(tmp_path / "index") as live, ThreadPoolExecutor(1) as pool:
+        upsert(live, "fresh", seed=5)
+        delete(live, DOCUMENTS[3]["key"], DOCUMENTS[7]["key"])
+        generation = live.generation
+        sampler = RecallSampler(generation.index, generation.store, metrics, pool, rate=1.0)
+        question = vector(5)[None] * 10
+        rows, _ = generation.index.search(question, 59, KNOBS)
+        sampler.offer(question, 59, rows[:, :59], None)
+        pool.submit(lambda: None).result()
+        assert sampled() == (1, 1.0)
+        delete(live, "fresh")
+        sampler._rests_until_s = 0.0
+        sampler.offer(question, 59, rows[:, :59], None)
+        pool.submit(lambda: None).result()
+        assert sampled() == (1, 1.0)
