@@ -24,7 +24,7 @@ from retriever_service.errors import CompactionError, DamagedIndexError, DiskFul
 from retriever_service.index.base import VectorIndex
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.live_index import LiveIndex
-from retriever_service.index.snapshot import Snapshot, live_file, prune
+from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot, live_file, prune
 from retriever_service.store.changes import ChangeWriter
 from retriever_service.store.live import LiveStore, LoggedChange
 from retriever_service.types import Float32Array, Int64Array
@@ -203,7 +203,7 @@ class LocalCorpus(Corpus):
         digest = base.manifest.digest()
         etag_prefix = digest.removeprefix("sha256:")[:8]
         if self._verify:
-            base.verify()
+            base.verify((DOCUMENTS_FILE,))
         changes_file = None if self._root is None else live_file(self._root, self._base_generation)
         self._read_only_reason = self._refusal(take_changes)
         if self._read_only_reason is None and changes_file is not None:

@@ -26,7 +26,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from retriever_service.errors import BuildError, DamagedIndexError, MissingIndexError
@@ -53,10 +53,11 @@ class Snapshot:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, folder: Path) -> "Snapshot":
+    def open(cls, folder: Path, only: Collection[str] | None = None) -> "Snapshot":
         """Opens the current generation of an index folder, or a generation's own folder.
 
-        Checks the manifest and that each file is there with its size; contents are left to `verify`.
+        Checks the manifest and that each file, or each of `only`, is there with its size; contents are left to
+        `verify`.
         Raises MissingIndexError where there is no index and DamagedIndexError naming a bad file.
         """
         if (folder / CURRENT_FILE).is_file():
@@ -74,7 +75,7 @@ class Snapshot:
                 current, f"names {digest} where {generation / MANIFEST_FILE} is {manifest.digest()}"
             )
         snapshot = cls(generation, manifest)
-        snapshot._check_sizes()
+        snapshot._check_sizes(only)
         return snapshot
 
     @property
@@ -99,13 +100,14 @@ class Snapshot:
         return root if _GENERATION.fullmatch(self.folder.name) and (root / CURRENT_FILE).is_file() else None
 
     def base(self) -> "Snapshot":
-        """The build whose documents these are: itself, unless it is a compaction.
+        """The build whose documents these are: itself, unless it is a compaction, which needs nothing else of it.
 
         Raises DamagedIndexError or MissingIndexError where that is not there.
         """
         if self.manifest.base_generation is None:
             return self
-        return Snapshot.open(self.folder.parent / _generation_name(self.manifest.base_generation))
+        folder = self.folder.parent / _generation_name(self.manifest.base_generation)
+        return Snapshot.open(folder, (DOCUMENTS_FILE,))
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -119,17 +121,23 @@ class Snapshot:
         finally:
             os.close(descriptor)
 
-    def verify(self) -> None:
-        """Reads every file through. Raises DamagedIndexError naming the first whose sha256 differs."""
-        for name, entry in self.manifest.files.items():
+    def verify(self, only: Collection[str] | None = None) -> None:
+        """Reads every file, or those of `only`, through.
+
+        Raises DamagedIndexError naming the first whose sha256 differs.
+        """
+        for name, entry in self._files(only):
             actual = sha256_of_file(self.folder / name)
             if actual != entry.sha256:
                 raise DamagedIndexError(
                     self.folder / name, f"sha256 is {actual}, the manifest says {entry.sha256}"
                 )
 
-    def _check_sizes(self) -> None:
-        for name, entry in self.manifest.files.items():
+    def _files(self, only: Collection[str] | None) -> list[tuple[str, FileEntry]]:
+        return [(name, entry) for name, entry in self.manifest.files.items() if only is None or name in only]
+
+    def _check_sizes(self, only: Collection[str] | None) -> None:
+        for name, entry in self._files(only):
             file = self.folder / name
             if not file.is_file():
                 raise DamagedIndexError(file, "missing")

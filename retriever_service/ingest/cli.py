@@ -23,6 +23,7 @@ from retriever_service.ingest.build import BuildOptions, CorpusEncoder, Encoder,
 from retriever_service.ingest.progress import shown_progress
 from retriever_service.ingest.reader import CorpusFormat, CorpusReader
 from retriever_service.ingest.records import MAX_TEXT_BYTES
+from retriever_service.ingest.repair import repair_index
 from retriever_service.ingest.verify import verify_index
 from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import Metric
@@ -174,6 +175,25 @@ def verify(folder: Folder) -> None:
     """Reads every file of an index, checks it, and names the first one that is damaged."""
     snapshot = verify_index(folder, lambda what: _console.print(f"checking {what}", style="dim"))
     _console.print(f"{snapshot.folder}: whole, {snapshot.manifest.ntotal} documents")
+
+
+@app.command()
+def repair(
+    folder: Folder,
+    nprobe: Annotated[int, typer.Option(min=1, help="cells that an IVF index visits by default")] = 16,
+    ef_search: Annotated[int, typer.Option(min=1, help="candidates of an HNSW index by default")] = 64,
+) -> None:
+    """Builds a damaged snapshot anew from the documents and embeddings in SQLite, changes included."""
+    with shown_progress(_console) as progress:
+        snapshot, is_new = repair_index(
+            folder,
+            nprobe=nprobe,
+            ef_search=ef_search,
+            step=lambda what: _console.print(f"checking {what}", style="dim"),
+            progress=progress,
+        )
+    done = "built anew" if is_new else "was whole: nothing to repair"
+    _console.print(f"{snapshot.folder}: {done}, {snapshot.manifest.ntotal} documents")
 
 
 @app.command()

@@ -7,7 +7,7 @@ import numpy as np
 
 from retriever_service.errors import DamagedIndexError
 from retriever_service.index.faiss_index import FaissIndex
-from retriever_service.index.snapshot import Snapshot
+from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot
 from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import SearchParameters
 
@@ -32,7 +32,7 @@ def verify_index(folder: Path, step: Callable[[str], None]) -> Snapshot:
     step("documents")
     base = snapshot.base()
     if base is not snapshot:
-        base.verify()
+        base.verify((DOCUMENTS_FILE,))
     store = SqliteStore(base.documents_file, manifest.dimension)
     try:
         store.check()

@@ -1,0 +1,61 @@
+"""Builds a damaged snapshot anew from what SQLite holds."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from retriever_service.corpus import lock
+from retriever_service.corpus.base import Progress
+from retriever_service.corpus.compaction import write_snapshot
+from retriever_service.errors import BuildError, DamagedIndexError
+from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot, live_file
+from retriever_service.ingest.verify import verify_index
+from retriever_service.store.live import LiveStore
+
+_GENERATIONS_KEPT = 2
+
+
+def repair_index(
+    folder: Path, *, nprobe: int, ef_search: int, step: Callable[[str], None], progress: Progress
+) -> tuple[Snapshot, bool]:
+    """Makes an index folder whole again; returns its snapshot, and whether there was anything to repair.
+
+    The index is built from the documents and every change since, in the kind it had, as a new generation with
+    `nprobe` and `ef_search` as its own settings. Raises DamagedIndexError where the manifest or SQLite's files
+    are damaged themselves, ReadOnlyError while a retriever writes to the folder, and BuildError.
+    """
+    try:
+        return verify_index(folder, step), False
+    except DamagedIndexError as error:
+        step(f"what is left, for {error.message}")
+    damaged = Snapshot.open(folder, (DOCUMENTS_FILE,))
+    root = damaged.root
+    if root is None or folder.resolve() != root.resolve():
+        raise BuildError(f"{folder} is no index folder with generations: build it anew")
+    base = damaged.base()
+    base.verify((DOCUMENTS_FILE,))
+    lock.acquire(root)
+    try:
+        changes = live_file(root, base.manifest.generation)
+        etag_prefix = base.manifest.digest().removeprefix("sha256:")[:8]
+        store = LiveStore(
+            base.documents_file,
+            changes if changes.exists() else None,
+            base.manifest.dimension,
+            etag_prefix,
+        )
+        with base.held(), contextlib.closing(store):
+            write_snapshot(
+                root,
+                store,
+                damaged.manifest,
+                base.manifest.generation,
+                {"nprobe": nprobe, "ef_search": ef_search},
+                progress,
+                threading.Event(),
+                keep=_GENERATIONS_KEPT,
+            )
+    finally:
+        lock.release(root)
+    return verify_index(folder, step), True
