@@ -224,6 +224,11 @@ def tune(
 ) -> None:
     """Measures recall against latency over the search knobs of an index, and recommends a setting."""
     snapshot = Snapshot.open(folder)
+    if snapshot.manifest.base_generation is not None:
+        raise BuildError(
+            f"{folder} serves a compaction, whose rows are not those of its documents' file: tune the build"
+            f" it comes from, generation {snapshot.manifest.base_generation}"
+        )
     if threads:
         set_num_threads(threads)
     index = FaissIndex.load(snapshot.index_file)

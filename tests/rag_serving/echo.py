@@ -1,5 +1,6 @@
 """A small service to test the plumbing with: each method is a coroutine of one text."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -81,6 +82,14 @@ class Echo:
 
     def sample(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(f"rag_test_{name}", labels)
+
+    async def becomes(self, expected: float, name: str, **labels: str) -> bool:
+        """Whether a sample has this value soon: a client may have its status before the server has counted it."""
+        for _ in range(500):
+            if self.sample(name, **labels) == expected:
+                return True
+            await asyncio.sleep(0.01)
+        return False
 
 
 @asynccontextmanager

@@ -131,7 +131,7 @@ async def test_a_stream_that_fails_midway_gives_its_items_and_then_the_error() -
         assert items == ["1", "2"]
         assert seen.code() is grpc.StatusCode.DATA_LOSS
         assert detail(seen, error_details_pb2.ErrorInfo).reason == "DATA_LOSS"
-        assert pair.sample("rpcs_total", method=f"/{SERVICE}/Count", code="DATA_LOSS") == 1
+        assert await pair.becomes(1, "rpcs_total", method=f"/{SERVICE}/Count", code="DATA_LOSS")
 
 
 async def test_a_handler_sees_the_time_left_of_its_caller() -> None:
@@ -161,7 +161,7 @@ async def test_a_handler_is_cancelled_when_the_longest_allowed_time_is_up() -> N
         assert seen.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert detail(seen, error_details_pb2.ErrorInfo).reason == "DEADLINE_EXCEEDED"
         assert cancelled.is_set()
-        assert pair.sample("rpcs_total", method=f"/{SERVICE}/Forever", code="DEADLINE_EXCEEDED") == 1
+        assert await pair.becomes(1, "rpcs_total", method=f"/{SERVICE}/Forever", code="DEADLINE_EXCEEDED")
 
 
 async def test_a_stream_is_cut_when_its_time_is_up() -> None:
@@ -210,8 +210,8 @@ async def test_a_caller_that_cancels_cancels_the_handler(kind: str) -> None:
         await asyncio.wait([reading])
         await asyncio.sleep(0.05)
         method = f"/{SERVICE}/{'Wait' if kind == 'unary' else 'Drip'}"
-        assert pair.sample("rpcs_total", method=method, code="CANCELLED") == 1
-        assert pair.sample("rpcs_in_flight", method=method) == 0
+        assert await pair.becomes(1, "rpcs_total", method=method, code="CANCELLED")
+        assert await pair.becomes(0, "rpcs_in_flight", method=method)
 
 
 async def test_metrics_count_by_method_and_code_and_know_what_runs() -> None:
@@ -224,14 +224,14 @@ async def test_metrics_count_by_method_and_code_and_know_what_runs() -> None:
     async with serving({"Hold": hold, "Fail": raising(errors.NotFoundError("none"))}) as pair:
         held = asyncio.ensure_future(pair.call("Hold"))
         await failure(pair.call("Fail"))
-        assert pair.sample("rpcs_in_flight", method=f"/{SERVICE}/Hold") == 1
+        assert await pair.becomes(1, "rpcs_in_flight", method=f"/{SERVICE}/Hold")
         release.set()
         await held
         await asyncio.sleep(0.05)
-        assert pair.sample("rpcs_in_flight", method=f"/{SERVICE}/Hold") == 0
-        assert pair.sample("rpcs_total", method=f"/{SERVICE}/Hold", code="OK") == 1
-        assert pair.sample("rpcs_total", method=f"/{SERVICE}/Fail", code="NOT_FOUND") == 1
-        assert pair.sample("rpc_duration_seconds_count", method=f"/{SERVICE}/Hold") == 1
+        assert await pair.becomes(0, "rpcs_in_flight", method=f"/{SERVICE}/Hold")
+        assert await pair.becomes(1, "rpcs_total", method=f"/{SERVICE}/Hold", code="OK")
+        assert await pair.becomes(1, "rpcs_total", method=f"/{SERVICE}/Fail", code="NOT_FOUND")
+        assert await pair.becomes(1, "rpc_duration_seconds_count", method=f"/{SERVICE}/Hold")
 
 
 @pytest.mark.parametrize("kind", ["stream_unary", "stream_stream", "unary_stream"])
@@ -266,7 +266,7 @@ async def test_all_kinds_of_methods_are_surrounded(kind: str) -> None:
         assert seen.code() is grpc.StatusCode.NOT_FOUND
         assert detail(seen, error_details_pb2.ErrorInfo).reason == "NOT_FOUND"
         assert b"".join(read) == (b"" if kind == "stream_unary" else b"ab")
-        assert pair.sample("rpcs_total", method=f"/{SERVICE}/Method", code="NOT_FOUND") == 1
+        assert await pair.becomes(1, "rpcs_total", method=f"/{SERVICE}/Method", code="NOT_FOUND")
 
 
 async def test_request_id_of_the_caller_is_kept_and_returned() -> None:
