@@ -253,19 +253,15 @@ class Answerer:
         priority: int = 0,
     ) -> list[QuestionScore]:
         """Score one target a question."""
-        left_s = time_left_s()
         works = [
-            ScoreTarget(
-                request_id=0,
+            score_work(
+                question,
+                target,
                 strategy=strategy,
                 compatibility=compatibility,
-                contexts=question.contexts,
-                doc_scores=question.doc_scores,
-                labels=list(target),
                 pad_token_id=pad_token_id,
                 exclude_first=exclude,
                 priority=priority,
-                deadline_s=None if left_s is None else time.monotonic() + left_s,
             )
             for question, target, exclude in zip(questions, labels, exclude_first, strict=True)
         ]
@@ -299,7 +295,6 @@ class Answerer:
 
 def generate_work(question: QuestionContexts, options: GenerationOptions) -> GenerateAnswer:
     """What the engine is asked for one question; the caller's deadline holds."""
-    left_s = time_left_s()
     return GenerateAnswer(
         request_id=0,
         strategy=options.strategy,
@@ -313,8 +308,41 @@ def generate_work(question: QuestionContexts, options: GenerationOptions) -> Gen
         exclude_bos_score=options.exclude_bos_score,
         trace=options.trace,
         priority=options.priority,
-        deadline_s=None if left_s is None else time.monotonic() + left_s,
+        deadline_s=_deadline_s(),
     )
+
+
+def score_work(
+    question: QuestionContexts,
+    labels: Sequence[int],
+    *,
+    strategy: Strategy,
+    compatibility: Compatibility,
+    pad_token_id: int,
+    exclude_first: bool,
+    priority: int,
+    trace: bool = False,
+) -> ScoreTarget:
+    """What the engine is asked for one target; the caller's deadline holds."""
+    return ScoreTarget(
+        request_id=0,
+        strategy=strategy,
+        compatibility=compatibility,
+        contexts=question.contexts,
+        doc_scores=question.doc_scores,
+        labels=list(labels),
+        pad_token_id=pad_token_id,
+        exclude_first=exclude_first,
+        trace=trace,
+        priority=priority,
+        deadline_s=_deadline_s(),
+    )
+
+
+def _deadline_s() -> float | None:
+    """The caller's deadline on time.monotonic's clock."""
+    left_s = time_left_s()
+    return None if left_s is None else time.monotonic() + left_s
 
 
 def over_all_documents(hypothesis: Hypothesis, question: QuestionContexts) -> Hypothesis:

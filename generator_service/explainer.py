@@ -17,6 +17,7 @@ from generator_service.answerer import (
     Stages,
     generate_work,
     over_all_documents,
+    score_work,
 )
 from generator_service.engine.async_engine import AsyncEngine, gather_or_cancel
 from generator_service.engine.messages import GenerateAnswer, Generated, Scored, ScoreTarget
@@ -24,7 +25,6 @@ from generator_service.errors import NoAnswerError
 from generator_service.provenance import leave_one_out
 from generator_service.types import Hypothesis, Strategy
 from rag_serving.errors import InvalidArgumentError
-from rag_serving.interceptors.deadline import time_left_s
 
 
 @dataclass(frozen=True)
@@ -151,19 +151,15 @@ def _works(
 
 
 def _target(question: QuestionContexts, labels: Sequence[int], options: GenerationOptions) -> ScoreTarget:
-    left_s = time_left_s()
-    return ScoreTarget(
-        request_id=0,
+    return score_work(
+        question,
+        labels,
         strategy=options.strategy,
         compatibility=options.compatibility,
-        contexts=question.contexts,
-        doc_scores=question.doc_scores,
-        labels=list(labels),
         pad_token_id=options.settings.pad_token_id,
         exclude_first=False,
-        trace=True,
         priority=options.priority,
-        deadline_s=None if left_s is None else time.monotonic() + left_s,
+        trace=True,
     )
 
 

@@ -7,6 +7,7 @@ This module alone of the client needs torch and transformers.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, Self, cast
@@ -140,7 +141,7 @@ class _RemoteQuestionEncoder:
         return DPRQuestionEncoderOutput(pooler_output=_remote(states))
 
 
-class _RemoteRag:
+class _RemoteRag(ABC):
     """What the three classes share."""
 
     _model_class: ClassVar[Literal["RAG_MODEL", "RAG_SEQUENCE", "RAG_TOKEN"]]
@@ -179,9 +180,9 @@ class _RemoteRag:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
 
+    @abstractmethod
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Of the subclasses."""
-        raise NotImplementedError
+        """As the forward of the transformers class that the subclass stands for."""
 
     @property
     def config(self) -> Any:
