@@ -131,8 +131,8 @@ test: setup ## run every test (PYTEST_ARGS= picks some)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .PHONY: faults
-faults: setup ## kill a process that changes a corpus, N=200 times, and check what the next start finds
-	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --kills "$(or $(N),200)"
+faults: setup ## kill what changes a corpus, each kind of process N=200 times, and check what is left
+	@for what in corpus build; do OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $$what --kills "$(or $(N),200)"; done
 
 .PHONY: clean
 clean: ## remove what was built; var/ (indexes) and .venv go too
