@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.micro.workload import Questions
-from generator_service.decoding import rag_sequence
+from generator_service.decoding import logits_processors, rag_sequence
 from generator_service.engine.search import Search
 from generator_service.model import attention, loader
 from generator_service.model.backbone import RowBatch
@@ -123,7 +123,7 @@ IDEAS = (
     ),
     Idea(
         "no head and no last step for forced tokens",
-        off=lambda: patch.object(Search, "forced_token", property(lambda _: None)),
+        off=lambda: patch.object(logits_processors, "forced_token", lambda _settings, _cur_len: None),
     ),
     Idea(
         "weights laid out once",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from generator_service.decoding.search_state import SearchState
+from generator_service.transfers import to_device
 from generator_service.types import EarlyStopping, GenerationSettings
 
 DEAD = -1.0e9
@@ -47,7 +48,7 @@ def start(settings: GenerationSettings, num_docs: int, device: torch.device) -> 
     history = torch.zeros((1, beams, length, num_docs), device=device)
 
     def scalar(value: float | bool, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([value], dtype=dtype, device=device)
+        return torch.full((1,), value, dtype=dtype, device=device)
 
     return BeamState(
         running=running,
@@ -64,7 +65,7 @@ def start(settings: GenerationSettings, num_docs: int, device: torch.device) -> 
         max_length=scalar(settings.max_length, torch.int64),
         length_penalty=scalar(settings.length_penalty, torch.float64),
         early_stopping=scalar(settings.early_stopping.value, torch.int64),
-        eos=torch.tensor([settings.eos_token_ids or (-1,)], dtype=torch.int64, device=device),
+        eos=to_device([settings.eos_token_ids or (-1,)], torch.int64, device),
     )
 
 

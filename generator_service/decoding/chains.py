@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from generator_service.decoding.search_state import SearchState
+from generator_service.transfers import to_device
 from generator_service.types import GenerationSettings
 
 
@@ -35,11 +36,11 @@ def start(settings: GenerationSettings, num_chains: int, num_docs: int, device: 
         running_log_probs=torch.zeros((1, num_chains, length, num_docs), device=device),
         finished=torch.zeros((1, num_chains), dtype=torch.bool, device=device),
         lengths=torch.zeros((1, num_chains), dtype=torch.int64, device=device),
-        done=torch.tensor([length <= 1], device=device),
+        done=torch.full((1,), length <= 1, device=device),
         cur_len=torch.ones(1, dtype=torch.int64, device=device),
-        max_length=torch.tensor([length], dtype=torch.int64, device=device),
-        pad=torch.tensor([settings.pad_token_id], dtype=torch.int64, device=device),
-        eos=torch.tensor([settings.eos_token_ids or (-1,)], dtype=torch.int64, device=device),
+        max_length=torch.full((1,), length, dtype=torch.int64, device=device),
+        pad=torch.full((1,), settings.pad_token_id, dtype=torch.int64, device=device),
+        eos=to_device([settings.eos_token_ids or (-1,)], torch.int64, device),
     )
 
 

@@ -28,6 +28,7 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
+from generator_service.transfers import to_device
 from generator_service.types import GenerationSettings
 
 Processor = Callable[[Tensor, Tensor], Tensor]
@@ -94,7 +95,7 @@ class AllowedSequences:
 def build(settings: GenerationSettings, contexts: Sequence[Tensor], device: torch.device) -> list[Processor]:
     """Processors that every strategy applies, without the sampling warpers; contexts are int64 [length] each."""
     s = settings
-    eos = torch.tensor(s.eos_token_ids, device=device)
+    eos = to_device(s.eos_token_ids, torch.int64, device)
     processors: list[Processor] = []
     if s.encoder_repetition_penalty != 1.0:
         processors.append(EncoderRepetitionPenalty(s.encoder_repetition_penalty, torch.cat(list(contexts))))
@@ -125,9 +126,10 @@ def build(settings: GenerationSettings, contexts: Sequence[Tensor], device: torc
 
 def _forced_and_suppressed(s: GenerationSettings, device: torch.device) -> list[Processor]:
     processors: list[Processor] = []
-    if s.forced_bos_token_id is not None:
+    # where forced_token answers, the search asks no scores at all
+    if s.forced_bos_token_id is not None and forced_token(s, _PROMPT_LENGTH) is None:
         processors.append(ForcedBOSTokenLogitsProcessor(s.forced_bos_token_id))
-    if s.forced_eos_token_id is not None:
+    if s.forced_eos_token_id is not None and forced_token(s, s.max_length - 1) is None:
         processors.append(
             ForcedEOSTokenLogitsProcessor(s.max_length, s.forced_eos_token_id, device=str(device))
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from generator_service.decoding import marginalize
+from generator_service.transfers import to_device
 from generator_service.types import Compatibility
 
 
@@ -16,7 +17,8 @@ from generator_service.types import Compatibility
 class PrefixTree:
     """Candidates that share prefixes share decoder rows.
 
-    A row is a prefix that at least one candidate continues; an edge is a (row, next token) pair to be scored.
+    A row is a prefix that at least one candidate continues; an edge is a (row, next token) pair to be scored. Edges
+    are on the host, rows on the device.
     """
 
     token_ids: Tensor  # int64 [rows]
@@ -52,15 +54,12 @@ def build_tree(candidates: Sequence[Sequence[int]], device: torch.device) -> Pre
         if above >= 0:
             ancestry[row] |= ancestry[above]
 
-    def ids(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
     return PrefixTree(
-        token_ids=ids(tokens),
-        positions=ids(positions),
-        ancestry=ancestry.to(device),
-        edge_rows=ids([row for row, _ in edges]),
-        edge_tokens=ids([token for _, token in edges]),
+        token_ids=to_device(tokens, torch.int64, device),
+        positions=to_device(positions, torch.int64, device),
+        ancestry=to_device(ancestry, torch.bool, device),
+        edge_rows=torch.tensor([row for row, _ in edges], dtype=torch.int64),
+        edge_tokens=torch.tensor([token for _, token in edges], dtype=torch.int64),
         paths=paths,
     )
 
@@ -93,7 +92,7 @@ def score_candidates(
 ) -> CandidateScores:
     """Marginalise candidates over documents.
 
-    edge_log_probs float32 [n_docs, edges] of a PrefixTree, paths of its candidates, log_prior [n_docs].
+    edge_log_probs float32 [n_docs, edges] of a PrefixTree, paths of its candidates, log_prior [n_docs]; on the host.
     """
     whole, kept, has_prior = [], [], []
     hf = rules.compatibility is Compatibility.HF
@@ -107,7 +106,7 @@ def score_candidates(
         kept.append(edge_log_probs[:, counted].sum(1))
         has_prior.append(not hf or (len(candidate) > 2 and candidate[2] != rules.pad_token_id))
     documents = torch.stack(whole)  # [candidates, n_docs]
-    counts = torch.tensor(has_prior, device=log_prior.device)[:, None]
+    counts = torch.tensor(has_prior)[:, None]
     prior = torch.where(counts, log_prior[None], torch.zeros_like(log_prior)[None])
     return CandidateScores(
         log_likelihood=marginalize.sequence_log_likelihood(documents, log_prior),
@@ -121,13 +120,12 @@ def fast_scores(
 ) -> CandidateScores:
     """The paper's fast decoding: a candidate counts only under documents whose beam held it.
 
-    document_log_probs[c][d] = (log p(c | question, d), the same with exclude_bos_score applied).
+    document_log_probs[c][d] = (log p(c | question, d), the same with exclude_bos_score applied); log_prior on the host.
     """
     absent = float("-inf")
     n_docs = int(log_prior.shape[0])
     whole = torch.tensor([[h[d][0] if d in h else absent for d in range(n_docs)] for h in document_log_probs])
     kept = torch.tensor([[h[d][1] if d in h else absent for d in range(n_docs)] for h in document_log_probs])
-    whole, kept = whole.to(log_prior.device), kept.to(log_prior.device)
     return CandidateScores(
         log_likelihood=marginalize.sequence_log_likelihood(whole, log_prior),
         score=marginalize.sequence_log_likelihood(kept, log_prior),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from generator_service.decoding import marginalize
+from generator_service.decoding.targets import TargetLogProbs
 from generator_service.engine import scoring, tracing
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, Progress, ScoreTarget
 from generator_service.engine.pass_messages import ForwardPass, PassDone, QuestionPass
@@ -20,12 +21,16 @@ from generator_service.engine.pass_runner import PassRefusedError, PassRunner
 from generator_service.engine.request import Request
 from generator_service.engine.scheduler import Schedule
 from generator_service.engine.search import FoundHypothesis, PoolKey, Search
-from generator_service.engine.search_pool import SearchPool, StepScores
+from generator_service.engine.search_pool import SearchPool, StepScores, hypotheses_of
 from generator_service.model.backbone import Backbone, RowBatch, RowBlock
 from generator_service.model.kv_cache import ContextStates
 from generator_service.model.paged.arena import ArenaFullError
 from generator_service.model.question_encoder import QuestionEncoder
+from generator_service.transfers import to_device, to_host
 from generator_service.types import Hypothesis, QuestionScore, Strategy
+
+_Given = scoring.CandidateScoring | scoring.TargetScoring | tracing.Tracing
+"""Tokens that are known, waiting for their step."""
 
 _CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
@@ -49,7 +54,7 @@ class StepOutcome:
 
 @dataclass
 class _Question:
-    """A running request's contexts and, for RAG-Sequence, what its finished searches found."""
+    """A running request's contexts, its log_prior on the host, and what RAG-Sequence's finished searches found."""
 
     contexts: list[ContextStates]
     log_prior: Tensor
@@ -70,9 +75,7 @@ class ModelRunner:
         self._passes, self._waiting_passes = passes, deque[Request]()
         self._pools: dict[PoolKey, SearchPool] = {}
         self._questions: dict[int, _Question] = {}
-        self._candidates: list[scoring.CandidateScoring] = []
-        self._targets: list[scoring.TargetScoring] = []
-        self._tracings: list[tracing.Tracing] = []
+        self._given: list[_Given] = []
         # contexts that some running question holds: an equal one of another question is not encoded again
         self._encoded: WeakValueDictionary[tuple[int, ...], ContextStates] = WeakValueDictionary()
 
@@ -113,9 +116,7 @@ class ModelRunner:
         for pool in self._pools.values():
             pool.remove_request(request_id)
         self._drop_empty_pools()
-        self._candidates = [c for c in self._candidates if c.request.request_id != request_id]
-        self._targets = [t for t in self._targets if t.request.request_id != request_id]
-        self._tracings = [t for t in self._tracings if t.request.request_id != request_id]
+        self._given = [g for g in self._given if g.request.request_id != request_id]
 
     @property
     def passes(self) -> PassRunner:
@@ -172,10 +173,11 @@ class ModelRunner:
         work = request.work
         assert isinstance(work, GenerateAnswer | ScoreTarget)
         n_docs = len(work.contexts)
-        prior = marginalize.doc_log_prior(torch.tensor(work.doc_scores, device=self.device))
-        self._questions[request.request_id] = _Question(states[:n_docs], prior)
+        host_prior = marginalize.doc_log_prior(torch.tensor(work.doc_scores))
+        prior = to_device(host_prior, torch.float32, self.device)
+        self._questions[request.request_id] = _Question(states[:n_docs], host_prior)
         if isinstance(work, ScoreTarget):
-            self._targets.append(scoring.start_target(request, states, self.backbone, self.device))
+            self._given.append(scoring.start_target(request, states, self.backbone, prior))
         elif work.strategy is Strategy.RAG_TOKEN:
             self._add_search(request, 0, states, ids, prior)
         else:
@@ -189,7 +191,15 @@ class ModelRunner:
         assert isinstance(work, GenerateAnswer)
         cache = self.backbone.new_cache(len(states))
         search = Search(
-            request, document, work.settings, states, ids, prior, cache, num_chains=request.num_chains
+            request,
+            document,
+            work.settings,
+            states,
+            ids,
+            prior,
+            self._questions[request.request_id].log_prior,
+            cache,
+            num_chains=request.num_chains,
         )
         self._pools.setdefault(search.key, SearchPool(search.key)).add(search)
 
@@ -198,10 +208,8 @@ class ModelRunner:
     def _decode(self, outcome: StepOutcome) -> None:
         started = time.perf_counter()
         pools = [(pool, pool.blocks()) for pool in self._pools.values()]
-        candidates, targets, tracings = self._candidates, self._targets, self._tracings
-        self._candidates, self._targets, self._tracings = [], [], []
-        blocks = [b for _, found in pools for b in found if b is not None]
-        blocks += [c.block for c in candidates] + [t.block for t in targets] + [t.block for t in tracings]
+        given, self._given = self._given, []
+        blocks = [b for _, found in pools for b in found if b is not None] + [g.block for g in given]
         if blocks:
             states = self.backbone.decode(RowBatch(blocks))
             parts = iter(torch.split(states, [b.num_rows for b in blocks]))
@@ -211,23 +219,37 @@ class ModelRunner:
         for pool, found in pools:
             pool.advance(self._step_scores(pool, found, [next(parts) for b in found if b is not None]))
             outcome.tokens += sum(s.key.width for s in pool.searches)
-        for candidate in candidates:
-            question = self._questions[candidate.request.request_id]
-            hypotheses = scoring.finish_candidates(candidate, next(parts), self.backbone, question.log_prior)
-            self._answer(candidate.request, hypotheses, outcome)
-        for target in targets:
-            question = self._questions.pop(target.request.request_id)
-            score = scoring.finish_target(target, next(parts), self.backbone, question.log_prior)
-            outcome.scored.append((target.request, score))
-        for traced in tracings:
-            question = self._questions.pop(traced.request.request_id)
-            hypotheses = tracing.finish(traced, next(parts), self.backbone, question.log_prior)
-            outcome.answered.append((traced.request, hypotheses))
+        reduced = [self._reduced(item, next(parts)) for item in given]
         scored = time.perf_counter()
-        self._collect(outcome)
+        # the one reading of the device in a step where nothing finishes
+        on_host = to_host([pool.news() for pool, _ in pools] + reduced)
+        news, results = on_host[: len(pools)], on_host[len(pools) :]
+        for item, result in zip(given, results, strict=True):
+            self._finish_given(item, result, outcome)
+        self._collect([(pool, told) for (pool, _), told in zip(pools, news, strict=True)], outcome)
         outcome.part_s["decode"] += decoded - started
         outcome.part_s["score"] += scored - decoded
         outcome.part_s["output"] += time.perf_counter() - scored
+
+    def _reduced(self, item: _Given, states: Tensor) -> list[Tensor]:
+        """What the host must know of given tokens; states are the decoder's for their block."""
+        if isinstance(item, scoring.TargetScoring):
+            return scoring.reduce_target(item, states, self.backbone).tensors()
+        return [scoring.edge_log_probs(item.tree, len(item.block.contexts), states, self.backbone)]
+
+    def _finish_given(self, item: _Given, reduced: list[Tensor], outcome: StepOutcome) -> None:
+        """Score, trace or answer; reduced is _reduced's on the host."""
+        request, prior = item.request, self._questions[item.request.request_id].log_prior
+        if isinstance(item, scoring.CandidateScoring):
+            self._answer(request, scoring.finish_candidates(item, reduced[0], prior), outcome)
+            return
+        if isinstance(item, scoring.TargetScoring):
+            found = TargetLogProbs(*reduced)
+            score = scoring.finish_target(item, found, self.backbone.vocab_size, prior)
+            outcome.scored.append((request, score))
+        else:
+            outcome.answered.append((request, tracing.finish(item, reduced[0], prior)))
+        del self._questions[request.request_id]
 
     def _step_scores(
         self, pool: SearchPool, blocks: Sequence[RowBlock | None], states: Sequence[Tensor]
@@ -254,13 +276,18 @@ class ModelRunner:
             start = end
         return scores
 
-    def _collect(self, outcome: StepOutcome) -> None:
+    def _collect(self, news: Sequence[tuple[SearchPool, list[Tensor]]], outcome: StepOutcome) -> None:
         """Take finished searches out; answer, or go on to scoring the candidates."""
-        for pool in list(self._pools.values()):
-            for search, found in pool.take_finished():
-                self._finish_search(search, found, outcome)
-            outcome.progress += pool.progress()
+        taken = []
+        for pool, told in news:
+            outcome.progress += pool.progress(told)
+            searches, results = pool.take_finished(told[0].tolist())
+            if searches:
+                taken.append((searches, results))
         self._drop_empty_pools()
+        for (searches, _), results in zip(taken, to_host([r for _, r in taken]), strict=True):
+            for search, found in zip(searches, hypotheses_of(results), strict=True):
+                self._finish_search(search, found, outcome)
 
     def _finish_search(self, search: Search, found: list[FoundHypothesis], outcome: StepOutcome) -> None:
         request, work = search.request, search.request.work
@@ -283,7 +310,7 @@ class ModelRunner:
             self._answer(request, scoring.fast_hypotheses(work, by_document, question.log_prior), outcome)
             return
         candidates = scoring.candidates_of(work, by_document)
-        self._candidates.append(
+        self._given.append(
             scoring.start_candidates(request, candidates, question.contexts, self.backbone, self.device)
         )
 
@@ -291,7 +318,7 @@ class ModelRunner:
         assert isinstance(request.work, GenerateAnswer)
         if request.work.trace and hypotheses:
             contexts = self._questions[request.request_id].contexts
-            self._tracings.append(tracing.start(request, hypotheses, contexts, self.backbone, self.device))
+            self._given.append(tracing.start(request, hypotheses, contexts, self.backbone, self.device))
             return
         del self._questions[request.request_id]
         outcome.answered.append((request, hypotheses))
@@ -300,4 +327,4 @@ class ModelRunner:
         self._pools = {k: p for k, p in self._pools.items() if p.searches}
 
     def _ids(self, token_ids: list[int]) -> Tensor:
-        return torch.tensor(token_ids, dtype=torch.int64, device=self.device)
+        return to_device(token_ids, torch.int64, self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from generator_service.engine.search import FoundHypothesis
 from generator_service.model.backbone import Backbone, RowBlock
 from generator_service.model.cross_attention_scores import CrossAttentionScores
 from generator_service.model.kv_cache import ContextStates
+from generator_service.transfers import to_device
 from generator_service.types import Compatibility, Hypothesis, QuestionScore, SequenceDecoding
 
 _ROWS_A_CHUNK = 256
@@ -35,10 +37,11 @@ class CandidateScoring:
 
 @dataclass
 class TargetScoring:
-    """A target of one question, waiting for its step."""
+    """A target of one question, waiting for its step; log_prior float32 [n_docs] on the device."""
 
     request: Request
     labels: Tensor
+    log_prior: Tensor
     block: RowBlock
 
 
@@ -79,12 +82,13 @@ def tree_block(
 
 
 def start_target(
-    request: Request, contexts: Sequence[ContextStates], backbone: Backbone, device: torch.device
+    request: Request, contexts: Sequence[ContextStates], backbone: Backbone, log_prior: Tensor
 ) -> TargetScoring:
-    """Lay a target out as rows over all the question's contexts."""
+    """Lay a target out as rows over all the question's contexts; log_prior float32 [n_docs] on the device."""
+    device = log_prior.device
     work = request.work
     assert isinstance(work, ScoreTarget)
-    labels = torch.tensor(work.labels, dtype=torch.int64, device=device)
+    labels = to_device(work.labels, torch.int64, device)
     positions = torch.arange(len(work.labels), device=device)
     cache = backbone.new_cache(len(contexts))
     cache.append(labels, positions)
@@ -92,16 +96,13 @@ def start_target(
     block = RowBlock(labels, positions, contexts, cache, ancestry)
     if work.trace:
         block.cross_attention = CrossAttentionScores(len(contexts))
-    return TargetScoring(request, labels, block)
+    return TargetScoring(request, labels, log_prior, block)
 
 
-def finish_candidates(
-    scoring: CandidateScoring, states: Tensor, backbone: Backbone, log_prior: Tensor
-) -> list[Hypothesis]:
-    """Answers, best first; states are the decoder's for the scoring's block."""
+def finish_candidates(scoring: CandidateScoring, edges: Tensor, log_prior: Tensor) -> list[Hypothesis]:
+    """Answers, best first; edges are edge_log_probs of the scoring's block, on the host as log_prior."""
     work = scoring.request.work
     assert isinstance(work, GenerateAnswer)
-    edges = edge_log_probs(scoring.tree, len(scoring.block.contexts), states, backbone)
     rules = rag_sequence.ScoringRules(
         work.compatibility, work.exclude_bos_score, work.settings.bos_token_id, work.settings.pad_token_id
     )
@@ -112,7 +113,7 @@ def finish_candidates(
 def fast_hypotheses(
     work: GenerateAnswer, found: Sequence[Sequence[FoundHypothesis]], log_prior: Tensor
 ) -> list[Hypothesis]:
-    """Answers by the paper's fast decoding: no further pass over the model."""
+    """Answers by the paper's fast decoding: no further pass over the model. log_prior is on the host."""
     held: dict[tuple[int, ...], dict[int, tuple[float, float]]] = {}
     for document, hypotheses in enumerate(found):
         for hypothesis in hypotheses:
@@ -147,7 +148,7 @@ def ranked(candidates: list[list[int]], scores: rag_sequence.CandidateScores, co
 def token_hypotheses(
     work: GenerateAnswer, found: Sequence[FoundHypothesis], log_prior: Tensor
 ) -> list[Hypothesis]:
-    """RAG-Token's answers, best first, with what each owes to which document."""
+    """RAG-Token's answers, best first, with what each owes to which document. log_prior is on the host."""
     out = []
     for hypothesis in found:
         real = hypothesis.token_log_probs.abs().sum(1) > 0  # forced tokens are certain: they say nothing
@@ -165,33 +166,46 @@ def token_hypotheses(
     return out[: work.settings.num_return_sequences]
 
 
-def finish_target(
-    scoring: TargetScoring, states: Tensor, backbone: Backbone, log_prior: Tensor
-) -> QuestionScore:
-    """Score of a target; states are the decoder's for the scoring's block."""
+def reduce_target(scoring: TargetScoring, states: Tensor, backbone: Backbone) -> targets.TargetLogProbs:
+    """What the host must know of a target; states are the decoder's for the scoring's block."""
     work = scoring.request.work
     assert isinstance(work, ScoreTarget)
     log_probs = torch.log_softmax(backbone.logits(states), dim=-1)
-    rules = targets.LossRules(work.strategy, work.compatibility, work.exclude_first, work.pad_token_id)
     shaped = log_probs.view(len(scoring.block.contexts), len(work.labels), -1)
-    score = targets.score_target(shaped, scoring.labels, log_prior, rules)
+    return targets.target_log_probs(
+        shaped, scoring.labels, scoring.log_prior, work.strategy, work.pad_token_id
+    )
+
+
+def finish_target(
+    scoring: TargetScoring, found: targets.TargetLogProbs, vocab_size: int, log_prior: Tensor
+) -> QuestionScore:
+    """Score of a target; found is reduce_target's, on the host as log_prior."""
+    work = scoring.request.work
+    assert isinstance(work, ScoreTarget)
+    rules = targets.LossRules(work.strategy, work.compatibility, work.exclude_first, work.pad_token_id)
+    score = targets.score_target(found, work.labels, vocab_size, log_prior, rules)
     if not work.trace:
         return score
-    traced = trace.trace_target(shaped, scoring.block, scoring.labels, log_prior, work)
+    traced = trace.trace_target(found.by_document, scoring.block, log_prior, work)
     return msgspec.structs.replace(score, trace=traced)
 
 
 def edge_log_probs(tree: rag_sequence.PrefixTree, n_docs: int, states: Tensor, backbone: Backbone) -> Tensor:
-    """float32 [n_docs, edges]: log p(next token | prefix, document)."""
-    rows = tree.token_ids.shape[0]
-    out = torch.empty((n_docs, tree.edge_rows.shape[0]), device=states.device)
-    for start, logits, lse in _chunks(states, backbone):
-        for document in range(n_docs):
-            row = document * rows + tree.edge_rows
-            here = (row >= start) & (row < start + logits.shape[0])
-            local = row[here] - start
-            out[document, here] = logits[local, tree.edge_tokens[here]] - lse[local]
-    return out
+    """float32 [n_docs, edges]: log p(next token | prefix, document), on the states' device."""
+    num_rows, num_edges = int(tree.token_ids.shape[0]), int(tree.edge_rows.shape[0])
+    rows = (torch.arange(n_docs)[:, None] * num_rows + tree.edge_rows).flatten()
+    rows, order = rows.sort(stable=True)
+    tokens = tree.edge_tokens.repeat(n_docs)[order]
+    ends = torch.searchsorted(rows, torch.arange(0, states.shape[0] + _ROWS_A_CHUNK, _ROWS_A_CHUNK)).tolist()
+    sent = to_device(torch.stack([rows, tokens, order.argsort()]), torch.int64, states.device)
+    found = []
+    for (start, logits, lse), (low, high) in zip(
+        _chunks(states, backbone), itertools.pairwise(ends), strict=True
+    ):
+        local = sent[0, low:high] - start
+        found.append(logits[local, sent[1, low:high]] - lse[local])
+    return torch.cat(found)[sent[2]].view(n_docs, num_edges)
 
 
 def _chunks(states: Tensor, backbone: Backbone) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class PoolKey(NamedTuple):
 class FoundHypothesis:
     """A hypothesis of a finished search: token ids with the start token, no pads.
 
-    token_log_probs float32 [tokens generated, docs]: zeros where the token was forced.
+    token_log_probs float32 [tokens generated, docs] on the host: zeros where the token was forced.
     """
 
     token_ids: list[int]
@@ -49,17 +50,17 @@ class Search:
         contexts: Sequence[ContextStates],
         context_token_ids: Sequence[Tensor],
         log_prior: Tensor,
+        host_log_prior: Tensor,
         cache: SelfCache,
         *,
         num_chains: int,
     ) -> None:
-        device = log_prior.device
         self.request, self.document, self.settings = request, document, settings
         self.contexts, self.log_prior, self.cache = contexts, log_prior, cache
+        self._host_log_prior = host_log_prior
         self.cur_len = 1
         self.ancestry: Tensor | None = None  # bool [width, slots]
-        self.processors = logits_processors.build(settings, context_token_ids, device)
-        self.warpers = logits_processors.build_warpers(settings, device)
+        self._context_token_ids = context_token_ids
         self.random = sampling.generator(settings.seed + document) if settings.do_sample else None
         self.key = PoolKey(
             beam=settings.is_beam_search,
@@ -83,6 +84,16 @@ class Search:
         """Whether the next token is known and the last, so that nothing need be computed."""
         return self.forced_token is not None and self.cur_len == self.settings.max_length - 1
 
+    @cached_property
+    def processors(self) -> list[logits_processors.Processor]:
+        """Made when first asked for: a step that needs none does not wait for their tensors."""
+        return logits_processors.build(self.settings, self._context_token_ids, self.log_prior.device)
+
+    @cached_property
+    def warpers(self) -> list[logits_processors.Processor]:
+        """As processors."""
+        return logits_processors.build_warpers(self.settings, self.log_prior.device)
+
     def block(self, token_ids: Tensor) -> RowBlock:
         """The rows of the next step; token_ids int64 [rows] are the newest tokens of its hypotheses."""
         positions = torch.full_like(token_ids, self.cur_len - 1)
@@ -98,8 +109,8 @@ class Search:
             self.ancestry = self.ancestry[parents.clamp_max(self.ancestry.shape[0] - 1)]
 
     def progress(self, token_ids: list[int], token_log_probs: Tensor, *, last: bool = False) -> Progress:
-        """Tokens that follow those already streamed; token_log_probs float32 [tokens, docs]."""
-        posterior = provenance.token_posteriors(token_log_probs, self.log_prior, Strategy.RAG_TOKEN)
+        """Tokens that follow those already streamed; token_log_probs float32 [tokens, docs] on the host."""
+        posterior = provenance.token_posteriors(token_log_probs, self._host_log_prior, Strategy.RAG_TOKEN)
         return Progress(
             request_id=self.request.request_id,
             token_ids=token_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,6 +13,7 @@ from generator_service.decoding import beam, certainty, chains, marginalize, sam
 from generator_service.engine.messages import Progress
 from generator_service.engine.search import FoundHypothesis, PoolKey, Search
 from generator_service.model.backbone import RowBlock
+from generator_service.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -62,39 +64,58 @@ class SearchPool:
         for search in self.searches:
             search.cur_len += 1
 
-    def take_finished(self) -> list[tuple[Search, list[FoundHypothesis]]]:
-        """Remove the searches that are done; their hypotheses, best first."""
-        done = self._state.done.tolist()
-        if not any(done):
-            return []
-        found = [(s, self._hypotheses(i)) for i, s in enumerate(self.searches) if done[i]]
-        self._keep([i for i, d in enumerate(done) if not d])
-        return found
-
-    def progress(self) -> list[Progress]:
-        """What has become certain in searches whose requests stream; costs nothing where none does."""
-        streaming = [i for i, s in enumerate(self.searches) if s.request.streams]
+    def news(self) -> list[Tensor]:
+        """What the host must know of a step: who is done, and what is certain of the searches that stream."""
+        streaming = self._streaming
         if not streaming:
-            return []
-        index = torch.tensor(streaming, dtype=torch.int64, device=self._state.running.device)
+            return [self._state.done]
+        index = to_device(streaming, torch.int64, self._state.done.device)
         if self._beams is not None:
-            lengths, examples, history = certainty.of_beams(self._beams, index)
-        else:
-            assert self._chains is not None
-            lengths, examples, history = certainty.of_chains(self._chains, index)
+            return [self._state.done, *certainty.of_beams(self._beams, index)]
+        assert self._chains is not None
+        return [self._state.done, *certainty.of_chains(self._chains, index)]
+
+    def progress(self, news: list[Tensor]) -> list[Progress]:
+        """What has become certain in searches that go on and whose requests stream; news are on the host."""
+        if len(news) == 1:
+            return []
+        done, (lengths, examples, history) = news[0].tolist(), news[1:]
         found = []
-        for place, length in enumerate(lengths.tolist()):
-            search = self.searches[streaming[place]]
+        for place, (index, length) in enumerate(zip(self._streaming, lengths.tolist(), strict=True)):
+            search = self.searches[index]
             sent = 1 + search.request.num_streamed
-            if length > sent:
+            if length > sent and not done[index]:
                 found.append(
                     search.progress(examples[place, sent:length].tolist(), history[place, sent:length])
                 )
         return found
 
+    def take_finished(self, done: Sequence[bool]) -> tuple[list[Search], list[Tensor]]:
+        """Remove the searches that are done; they, and what hypotheses_of wants of them on the host."""
+        if not any(done):
+            return [], []
+        found, kept = ([i for i, d in enumerate(done) if d is which] for which in (True, False))
+        searches, index = (
+            [self.searches[i] for i in found],
+            to_device(found, torch.int64, self._state.done.device),
+        )
+        if self._beams is not None:
+            ended = self._beams.select(index)
+            results = [ended.lengths, ended.sequences, ended.log_probs, ended.scores, beam.is_real(ended)]
+        else:
+            assert self._chains is not None
+            ran = self._chains.select(index)
+            results = [ran.lengths, ran.running, ran.running_log_probs]
+        self._keep(kept)
+        return searches, results
+
     def remove_request(self, request_id: int) -> None:
         """Forget the searches of a request."""
         self._keep([i for i, s in enumerate(self.searches) if s.request.request_id != request_id])
+
+    @property
+    def _streaming(self) -> list[int]:
+        return [i for i, s in enumerate(self.searches) if s.request.streams]
 
     @property
     def _state(self) -> beam.BeamState | chains.ChainState:
@@ -105,7 +126,7 @@ class SearchPool:
     def _keep(self, kept: list[int]) -> None:
         if len(kept) == len(self.searches):
             return
-        index = torch.tensor(kept, dtype=torch.int64, device=self._state.running.device)
+        index = to_device(kept, torch.int64, self._state.done.device)
         if self._beams is not None:
             self._beams = self._beams.select(index)
         if self._chains is not None:
@@ -140,7 +161,7 @@ class SearchPool:
     def _top_tokens(self, search: Search, scores: StepScores, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The best continuations of each row: log-probabilities and token ids, each [rows, k]."""
         if scores.logits is None or scores.lse is None:
-            forced = torch.tensor([[search.forced_token]], device=input_ids.device).expand(search.rows, 1)
+            forced = input_ids.new_full((search.rows, 1), cast(int, search.forced_token))
             return torch.zeros(forced.shape, device=input_ids.device), forced
         keep = min(self.key.keep, scores.logits.shape[-1])
         if search.random is not None:  # its continuations are drawn, these only hold their place
@@ -209,29 +230,23 @@ class SearchPool:
             return sampling.draw_tokens(processed, search.random)
         return processed.argmax(dim=-1)
 
-    # --- results
 
-    def _hypotheses(self, index: int) -> list[FoundHypothesis]:
-        if self.key.beam:
-            state = self._beams
-            assert state is not None
-            real = beam.is_real(state.select(torch.tensor([index], device=state.scores.device)))[0]
-            lengths, scores = state.lengths[index][real].tolist(), state.scores[index][real].tolist()
-            sequences, history = state.sequences[index][real], state.log_probs[index][real]
-        else:
-            chain = self._chains
-            assert chain is not None
-            lengths, sequences, history = (
-                chain.lengths[index].tolist(),
-                chain.running[index],
-                chain.running_log_probs[index],
-            )
-            scores = [0.0] * self.key.width
-        return [
+def hypotheses_of(results: Sequence[Tensor]) -> list[list[FoundHypothesis]]:
+    """Of each search that take_finished took, best first; results are its tensors on the host."""
+    lengths, sequences, history, *scored = results
+    if scored:
+        scores, real = scored
+    else:
+        scores, real = torch.zeros(lengths.shape), torch.ones(lengths.shape, dtype=torch.bool)
+    return [
+        [
             FoundHypothesis(
-                token_ids=sequences[i, : n + 1].tolist(),
-                score=scores[i],
-                token_log_probs=history[i, 1 : n + 1],
+                token_ids=sequences[search, i, : n + 1].tolist(),
+                score=float(scores[search, i]),
+                token_log_probs=history[search, i, 1 : n + 1],
             )
-            for i, n in enumerate(lengths)
+            for i, n in enumerate(lengths[search].tolist())
+            if real[search, i]
         ]
+        for search in range(len(lengths))
+    ]

@@ -42,14 +42,13 @@ def start(
     return Tracing(request, hypotheses, tree, block)
 
 
-def finish(tracing: Tracing, states: Tensor, backbone: Backbone, log_prior: Tensor) -> list[Hypothesis]:
-    """The answers with their traces; states are the decoder's for the tracing's block."""
+def finish(tracing: Tracing, edges: Tensor, log_prior: Tensor) -> list[Hypothesis]:
+    """The answers with their traces; edges are scoring.edge_log_probs of the block, on the host as log_prior."""
     work = tracing.request.work
     assert isinstance(work, GenerateAnswer)
-    edges = scoring.edge_log_probs(tracing.tree, len(tracing.block.contexts), states, backbone)
     traced = []
     for hypothesis, path in zip(tracing.hypotheses, tracing.tree.paths, strict=True):
-        counted = torch.tensor(_counted(work, hypothesis.token_ids), device=edges.device)
+        counted = torch.tensor(_counted(work, hypothesis.token_ids))
         log_probs = edges[:, path].T.masked_fill(~counted[:, None], 0.0)  # [tokens, n_docs]
         rows = [int(tracing.tree.edge_rows[edge]) for edge in path]
         found = trace.trace_of(log_probs, log_prior, work.strategy, tracing.block, rows)

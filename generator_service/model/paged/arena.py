@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from generator_service.model.kv_cache import ContextStates, SelfCache
+from generator_service.transfers import to_device
 
 PAGE_SLOTS = 16
 """Slots of a page: as many keys as the attention kernel's smallest product takes."""
@@ -58,7 +59,8 @@ class Arena:
     def slots(self, pages: Sequence[int], length: int) -> Tensor:
         """int64 [length]: the first slots of these pages."""
         starts = torch.tensor(list(pages), dtype=torch.int64)[:, None] * PAGE_SLOTS
-        return (starts + torch.arange(PAGE_SLOTS)).flatten()[:length].to(self.keys.device)
+        slots = (starts + torch.arange(PAGE_SLOTS)).flatten()[:length]
+        return to_device(slots, torch.int64, self.keys.device)
 
     def store(self, states: ContextStates) -> PagedStates:
         """Move an encoded context in: cross [2 * num_layers, heads, length, head_dim]."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from generator_service.model.backbone import RowBatch
 from generator_service.model.paged.arena import Arena
 from generator_service.model.paged.attend import TILE_COLUMNS
-from generator_service.model.paged.rows import Layout, PagedRows, ancestry_words, on_device, traced_rows
+from generator_service.model.paged.rows import Layout, PagedRows, ancestry_words, traced_rows
+from generator_service.transfers import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +99,10 @@ class CapturedStep:
         self._tokens[:rows] = batch.token_ids()
         self._positions[:rows] = batch.positions()
         padding = [0] * (size - rows)  # slot 0 is nobody's
-        self._slots[:size] = on_device(layout.slots + padding, torch.int32, device)
+        self._slots[:size] = to_device(layout.slots + padding, torch.int32, device)
         own = layout.tiles + [0] * ((size - tiles) * TILE_COLUMNS)
-        self._tiles[:size] = on_device(own, torch.int32, device).view(size, TILE_COLUMNS)
-        self._pages[: len(layout.pages)] = on_device(layout.pages, torch.int32, device)
+        self._tiles[:size] = to_device(own, torch.int32, device).view(size, TILE_COLUMNS)
+        self._pages[: len(layout.pages)] = to_device(layout.pages, torch.int32, device)
         words = ancestry_words(batch, layout, device)
         self._words[:rows, : words.shape[1]] = words
 
@@ -130,9 +131,9 @@ def run_eagerly(decode: Decode, arena: Arena, batch: RowBatch, layout: Layout, b
         arena=arena,
         tokens=batch.token_ids(),
         token_positions=batch.positions(),
-        slots=on_device(layout.slots, torch.int32, device),
-        tiles=on_device(layout.tiles, torch.int32, device).view(-1, TILE_COLUMNS),
-        pages=on_device(layout.pages, torch.int32, device),
+        slots=to_device(layout.slots, torch.int32, device),
+        tiles=to_device(layout.tiles, torch.int32, device).view(-1, TILE_COLUMNS),
+        pages=to_device(layout.pages, torch.int32, device),
         words=ancestry_words(batch, layout, device),
         longest=layout.longest,
         bias=bias,

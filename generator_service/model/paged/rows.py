@@ -14,6 +14,7 @@ from generator_service.model.cross_attention_scores import CrossAttentionScores
 from generator_service.model.paged import attend
 from generator_service.model.paged.arena import PAGE_SLOTS, Arena, PagedCache, PagedStates
 from generator_service.model.paged.attend import CROSS, SELF, TILE_COLUMNS, TILE_ROWS
+from generator_service.transfers import to_device
 
 WORD_BITS = 32
 
@@ -160,16 +161,8 @@ def ancestry_words(batch: RowBatch, layout: Layout, device: torch.device) -> Ten
     if not tables:
         return torch.full(shape, -1, dtype=torch.int32, device=device)
     flat = torch.cat(tables)
-    where = on_device(layout.ancestry, torch.int64, device)
+    where = to_device(layout.ancestry, torch.int64, device)
     columns = torch.arange(layout.num_words * WORD_BITS, device=device)
     seen = flat[(where[:, :1] + columns).clamp_max(flat.shape[0] - 1)] | (columns >= where[:, 1:])
     weights = torch.ones((), dtype=torch.int64, device=device) << torch.arange(WORD_BITS, device=device)
     return (seen.view(*shape, WORD_BITS) * weights).sum(-1).to(torch.int32)
-
-
-def on_device(
-    numbers: Sequence[int] | Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """Host numbers on the device, without waiting for it."""
-    host = torch.tensor(numbers, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
