@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,14 @@ def without(idea: Idea, model: Any, shape: Shape) -> Engine:
 
 
 def measure(
-    family: str, shape: Shape, batch: int, *, device: torch.device, dtype: torch.dtype, rounds: int
+    family: str,
+    shape: Shape,
+    batch: int,
+    ideas: Sequence[Idea],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
 ) -> Iterator[Row]:
     """Each idea's two engines in turn, so that a machine that grows slower takes from both."""
     model = generator(family).to(device=device, dtype=dtype)
@@ -50,24 +57,24 @@ def measure(
     small = questions(shape, 1, model.config.vocab_size, model.config.pad_token_id)
     for strategy in Strategy:
         whole.answer(small, strategy, Compatibility.MASKED)
-    for idea in IDEAS:
+    for idea in ideas:
         if device.type not in idea.devices:
             continue
         other = without(idea, model, shape)
         for strategy in idea.strategies:
             with idea.off():  # kernels are compiled, buffers taken
-                other.answer(idea.questions(small), strategy, Compatibility.MASKED)
-            with_s = without_s = float("inf")
+                other.answer(idea.questions(idea.asked(small)), strategy, Compatibility.MASKED)
+            both, with_s, without_s = idea.asked(asked), float("inf"), float("inf")
             for _ in range(rounds):
-                with_s = min(with_s, _once(whole, asked, strategy))
+                with_s = min(with_s, _once(whole, both, strategy))
                 with idea.off():
-                    without_s = min(without_s, _once(other, idea.questions(asked), strategy))
+                    without_s = min(without_s, _once(other, idea.questions(both), strategy))
             yield Row(
                 family,
                 str(device),
                 str(dtype).removeprefix("torch."),
                 strategy.value,
-                batch,
+                len(both.doc_scores),
                 idea.name,
                 with_s,
                 without_s,
@@ -86,6 +93,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one question, bart-base's widths, two layers")
     parser.add_argument("--model", choices=["bart-base-2", "bart-base", "bart-large", "t5-base"])
     parser.add_argument("--batches", nargs="+", type=int)
+    parser.add_argument(
+        "--ideas", nargs="+", metavar="WORDS", help="only those whose names hold one of these"
+    )
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA")
     parser.add_argument("--threads", type=int, default=num_cores())
@@ -94,10 +104,11 @@ def main() -> None:
     device, on_cuda = arguments.device, arguments.device.type == "cuda"
     model = arguments.model or ("bart-base-2" if arguments.quick else "bart-base")
     dtype = getattr(torch, arguments.dtype or ("bfloat16" if on_cuda else "float32"))
+    ideas = [i for i in IDEAS if any(words in i.name for words in arguments.ideas or [""])]
     rows = []
     for batch in arguments.batches or ([1] if arguments.quick else [1, 8]):
         for row in measure(
-            model, Shape(), batch, device=device, dtype=dtype, rounds=1 if arguments.quick else 3
+            model, Shape(), batch, ideas, device=device, dtype=dtype, rounds=1 if arguments.quick else 3
         ):
             rows.append(asdict(row))
             Console(stderr=True).print(f"{row.strategy} {row.batch} {row.idea}: {row.gain:.2f}")

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from bench.micro.workload import Questions
 from generator_service.decoding import logits_processors, rag_sequence
+from generator_service.engine.model_runner import ModelRunner
+from generator_service.engine.request import Request
 from generator_service.engine.search import Search
 from generator_service.model import attention, loader
 from generator_service.model.backbone import RowBatch
@@ -28,11 +30,13 @@ _EVERYWHERE = ("cpu", "cuda")
 class Idea:
     """An idea, and what stands in its place while `off` is entered.
 
-    exact: answers stay the same without it (up to float rounding). graphs: CUDA graphs are captured.
+    asked makes of a batch what both sides are asked, questions of that what is asked without the idea. exact: answers
+    stay the same without it (up to float rounding). graphs: CUDA graphs are captured.
     """
 
     name: str
     off: Callable[[], AbstractContextManager[Any]] = nullcontext
+    asked: Callable[[Questions], Questions] = lambda asked: asked
     questions: Callable[[Questions], Questions] = lambda asked: asked
     strategies: tuple[Strategy, ...] = _BOTH
     devices: tuple[str, ...] = _EVERYWHERE
@@ -43,6 +47,44 @@ class Idea:
 def padded(asked: Questions) -> Questions:
     """Pads taken for tokens, so that all contexts are as long as Hugging Face's."""
     return Questions(asked.input_ids, torch.ones_like(asked.attention_mask), asked.doc_scores)
+
+
+def same_contexts(asked: Questions) -> Questions:
+    """The first question's contexts for all, of whom there are two at least."""
+    count = max(2, len(asked.doc_scores))
+    ids, mask = (
+        t[: asked.doc_scores.shape[1]].repeat(count, 1) for t in (asked.input_ids, asked.attention_mask)
+    )
+    scores = asked.doc_scores.repeat(-(-count // len(asked.doc_scores)), 1)[:count]
+    return Questions(ids, mask, scores)
+
+
+def encode_for_each(runner: ModelRunner, requests: Sequence[Request]) -> None:
+    """As the runner's own, but no question finds contexts that another has had encoded."""
+    for request in requests:
+        runner._encoded.clear()  # noqa: SLF001  (what it knows is no one else's business)
+        _admit(runner, [request])
+
+
+_admit = ModelRunner._admit  # noqa: SLF001  encode_for_each stands in its place
+
+
+def reorder(search: Search, parents: Tensor) -> None:
+    """As Search.follow, but keys and values move with their beams, as Hugging Face's do: one copy a step."""
+    if search.ancestry is None or search.ends_forced:
+        return
+    cache, width, device = search.cache, search.key.width, parents.device
+    later = search.cur_len - 1  # steps of width rows each, after a first of one row or of as many
+    first = cache.num_slots - later * width
+    starts = first + width * torch.arange(later, device=device)
+    source = torch.arange(cache.keys.shape[3], device=device)
+    if first == width:
+        source[:first] = parents
+    source[first : cache.num_slots] = (starts[:, None] + parents).flatten()
+    cache.keys, cache.values = cache.keys.index_select(3, source), cache.values.index_select(3, source)
+    own = torch.eye(width, dtype=torch.bool, device=device)
+    begin = own if first == width else own.new_ones((width, 1))
+    search.ancestry = torch.cat([begin, own.repeat(1, later)], dim=1)
 
 
 def separate_rows(candidates: Sequence[Sequence[int]], device: torch.device) -> rag_sequence.PrefixTree:
@@ -111,6 +153,16 @@ IDEAS = (
         "keys and values read once for a tile of rows",
         off=lambda: patch.object(paged_rows, "TILE_ROWS", 1),
         devices=("cuda",),
+    ),
+    Idea(
+        "contexts of two questions or more encoded once",
+        off=lambda: patch.object(ModelRunner, "_admit", encode_for_each),
+        asked=same_contexts,
+    ),
+    Idea(
+        "self-attention's cache never reordered",
+        off=lambda: patch.object(Search, "follow", reorder),
+        devices=("cpu",),
     ),
     Idea(
         "candidates as a prefix tree",

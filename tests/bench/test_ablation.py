@@ -27,7 +27,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def answers(engine_: Engine, idea: Idea, model: Any, strategy: Strategy) -> list[list[Hypothesis]]:
-    asked = idea.questions(workload.questions(SHAPE, 2, model.config.vocab_size, 1))
+    asked = idea.questions(idea.asked(workload.questions(SHAPE, 2, model.config.vocab_size, 1)))
     with idea.off():
         return engine_.answer(asked, strategy, Compatibility.MASKED)
 
@@ -42,7 +42,7 @@ def assert_same(ours: list[list[Hypothesis]], theirs: list[list[Hypothesis]]) ->
 def test_without_an_idea_the_answers_are_the_same(idea: Idea, model: Any) -> None:
     whole, other = Engine(model, SHAPE, forced_tokens=True), ablation.without(idea, model, SHAPE)
     for strategy in idea.strategies:
-        expected = answers(whole, Idea("none is off"), model, strategy)
+        expected = answers(whole, Idea("none is off", asked=idea.asked), model, strategy)
         assert_same(answers(other, idea, model, strategy), expected)
 
 
@@ -93,6 +93,37 @@ def test_each_idea_that_saves_rows_does(model: Any, monkeypatch: pytest.MonkeyPa
             assert without[1] > whole[1], name
 
 
+def test_contexts_that_questions_share_are_encoded_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    _watch(monkeypatch, type(as_backbone(model)), "encode", lambda contexts: encoded.append(len(contexts)))
+    idea = next(i for i in IDEAS if i.name.endswith("encoded once"))
+    for off, count in ((Idea("none is off", asked=idea.asked), SHAPE.n_docs), (idea, 2 * SHAPE.n_docs)):
+        encoded.clear()
+        answers(ablation.without(off, model, SHAPE), off, model, Strategy.RAG_TOKEN)
+        assert sum(encoded) == count
+
+
+def test_reordered_beams_keep_to_their_own_slots(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first slot is everybody's; from then on a beam's are its own, which without reordering they are not."""
+    strangers: list[int] = []
+
+    def look(batch: RowBatch) -> None:
+        for block in batch.blocks:
+            beams = SHAPE.num_beams
+            if block.ancestry is not None and block.ancestry.shape[0] == beams:
+                lanes = torch.arange(block.ancestry.shape[1] - 1) % beams
+                strange = block.ancestry[:, 1:] & (lanes != torch.arange(beams)[:, None])
+                strangers.append(int(strange.sum()))
+
+    _watch(monkeypatch, type(as_backbone(model)), "decode", look)
+    idea = next(i for i in IDEAS if "reordered" in i.name)
+    for off in (Idea("none is off"), idea):
+        strangers.clear()
+        answers(ablation.without(off, model, SHAPE), off, model, Strategy.RAG_TOKEN)
+        assert len(strangers) > SHAPE.num_beams
+        assert (sum(strangers) == 0) is (off is idea)
+
+
 def _watch(patch: pytest.MonkeyPatch, owner: type, name: str, see: Callable[[Any], Any]) -> None:
     inner = getattr(owner, name)
 
@@ -104,7 +135,9 @@ def _watch(patch: pytest.MonkeyPatch, owner: type, name: str, see: Callable[[Any
 
 
 def test_a_row_for_each_idea_and_strategy(model: Any) -> None:
-    rows = list(ablation.measure("tiny", SHAPE, 1, device=torch.device("cpu"), dtype=torch.float32, rounds=1))
+    rows = list(
+        ablation.measure("tiny", SHAPE, 1, IDEAS, device=torch.device("cpu"), dtype=torch.float32, rounds=1)
+    )
     assert {(r.idea, r.strategy) for r in rows} == {
         (i.name, s.value) for i in IDEAS if "cpu" in i.devices for s in i.strategies
     }
