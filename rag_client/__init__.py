@@ -2,7 +2,7 @@
 
 from rag_client.aio import GENERATOR_SERVICE, RETRIEVER_SERVICE, AsyncRagClient
 from rag_client.client import RagClient
-from rag_client.corpus import CorpusDocument, Deleted, Upserted
+from rag_client.corpus import Deleted, DocumentPage, Upserted
 from rag_client.errors import (
     AccessError,
     BusyError,
@@ -16,11 +16,13 @@ from rag_client.errors import (
     UnavailableError,
     UnreachableError,
 )
+from rag_client.operation import Operation
 from rag_client.types import (
     Answer,
     AnswerPiece,
     AnswerSpan,
     Contexts,
+    CorpusDocument,
     Document,
     DocumentLookup,
     EncoderOutputs,
@@ -59,6 +61,7 @@ __all__ = [
     "Deleted",
     "Document",
     "DocumentLookup",
+    "DocumentPage",
     "EncoderOutputs",
     "Explanation",
     "Explanations",
@@ -72,6 +75,7 @@ __all__ = [
     "LeftOut",
     "ModelInfo",
     "NotFoundError",
+    "Operation",
     "Provenance",
     "QuestionTokens",
     "RagClient",

@@ -12,10 +12,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rag.generator.v1 import forward_pb2, generator_service_pb2, generator_service_pb2_grpc
 from rag.retriever.v1 import retriever_service_pb2, retriever_service_pb2_grpc
 from rag_client import corpus, messages
-from rag_client.corpus import CorpusDocument, Deleted, Upserted
+from rag_client.corpus import Deleted, DocumentPage, Upserted
 from rag_client.errors import from_rpc_error
 from rag_client.forward import ForwardAssembly, ForwardInput, forward_request
 from rag_client.messages import Input, Questions, Targets
+from rag_client.operation import Operation, operation_of, wait_for
 from rag_client.options import (
     ForwardOptions,
     GenerateOptions,
@@ -26,6 +27,7 @@ from rag_client.options import (
 from rag_client.types import (
     AnswerPiece,
     Contexts,
+    CorpusDocument,
     DocumentLookup,
     Explanations,
     FloatArray,
@@ -262,25 +264,28 @@ class AsyncRagClient:
         self, *, page_size: int = 100, timeout_s: float | None = None
     ) -> AsyncGenerator[CorpusDocument]:
         """Yields all documents in the order of their keys; `timeout_s` is for each page."""
-        stub, address = self._retriever_stub()
         token = ""
         while True:
-            request = retriever_service_pb2.ListDocumentsRequest(page_size=page_size, page_token=token)
-            page: Any = await self._answer(
-                stub.ListDocuments(request, timeout=self._time(timeout_s)), address
-            )
-            for document in corpus.listed(page):
+            page = await self.document_page(token, page_size=page_size, timeout_s=timeout_s)
+            for document in page.documents:
                 yield document
             token = page.next_page_token
             if not token:
                 return
 
+    async def document_page(
+        self, page_token: str = "", *, page_size: int = 100, timeout_s: float | None = None
+    ) -> DocumentPage:
+        """Reads documents in the order of their keys, from the beginning or on from an earlier page's token."""
+        stub, address = self._retriever_stub()
+        request = retriever_service_pb2.ListDocumentsRequest(page_size=page_size, page_token=page_token)
+        call = stub.ListDocuments(request, timeout=self._time(timeout_s))
+        return corpus.document_page(await self._answer(call, address))
+
     async def compact_index(self, *, timeout_s: float | None = None) -> IndexInfo:
         """Writes the corpus into a new snapshot and waits until it serves."""
-        stub, address = self._retriever_stub()
-        request = retriever_service_pb2.CompactIndexRequest()
-        begun: Any = await self._answer(stub.CompactIndex(request, timeout=self._time(timeout_s)), address)
-        return await corpus.wait_for(stub, begun.operation, address, self._time(timeout_s))
+        begun = await self.begin_compaction(timeout_s=timeout_s)
+        return await wait_for(begun, self._operation, self._time(timeout_s))
 
     async def activate_index(
         self, index_folder: str, *, ignore_callers: bool = False, timeout_s: float | None = None
@@ -289,12 +294,44 @@ class AsyncRagClient:
 
         With `ignore_callers`, also one that does not fit the question encoders that asked of late.
         """
+        begun = await self.begin_activation(index_folder, ignore_callers=ignore_callers, timeout_s=timeout_s)
+        return await wait_for(begun, self._operation, self._time(timeout_s))
+
+    async def begin_compaction(self, *, timeout_s: float | None = None) -> Operation:
+        """Begins what `compact_index` waits for."""
+        stub, address = self._retriever_stub()
+        call = stub.CompactIndex(retriever_service_pb2.CompactIndexRequest(), timeout=self._time(timeout_s))
+        return operation_of((await self._answer(call, address)).operation, address)
+
+    async def begin_activation(
+        self, index_folder: str, *, ignore_callers: bool = False, timeout_s: float | None = None
+    ) -> Operation:
+        """Begins what `activate_index` waits for."""
         stub, address = self._retriever_stub()
         request = retriever_service_pb2.ActivateIndexRequest(
             index_folder=index_folder, ignore_callers=ignore_callers
         )
-        begun: Any = await self._answer(stub.ActivateIndex(request, timeout=self._time(timeout_s)), address)
-        return await corpus.wait_for(stub, begun.operation, address, self._time(timeout_s))
+        call = stub.ActivateIndex(request, timeout=self._time(timeout_s))
+        return operation_of((await self._answer(call, address)).operation, address)
+
+    async def get_operation(self, name: str, *, timeout_s: float | None = None) -> Operation:
+        """Says how far an operation is."""
+        return await self._operation(name, self._time(timeout_s))
+
+    async def list_operations(self, *, timeout_s: float | None = None) -> list[Operation]:
+        """Lists the operations of the retriever's process, newest first."""
+        stub, address = self._retriever_stub()
+        request = retriever_service_pb2.ListOperationsRequest()
+        call = stub.ListOperations(request, timeout=self._time(timeout_s))
+        listed = (await self._answer(call, address)).operations
+        return [operation_of(one, address) for one in listed]
+
+    async def cancel_operation(self, name: str, *, timeout_s: float | None = None) -> Operation:
+        """Asks an operation to stop; it ends with CANCELLED a little later, unless it was faster."""
+        stub, address = self._retriever_stub()
+        request = retriever_service_pb2.CancelOperationRequest(name=name)
+        call = stub.CancelOperation(request, timeout=self._time(timeout_s))
+        return operation_of((await self._answer(call, address)).operation, address)
 
     async def health(self, *, timeout_s: float | None = None) -> dict[str, Health]:
         """Says by service name whether each side serves; a side that does not answer is UNREACHABLE."""
@@ -312,6 +349,11 @@ class AsyncRagClient:
             return Health.UNREACHABLE if silent else Health.UNKNOWN
         name = health_pb2.HealthCheckResponse.ServingStatus.Name(response.status)
         return Health(name) if name in Health.__members__ else Health.UNKNOWN
+
+    async def _operation(self, name: str, timeout_s: float) -> Operation:
+        stub, address = self._retriever_stub()
+        call = stub.GetOperation(retriever_service_pb2.GetOperationRequest(name=name), timeout=timeout_s)
+        return operation_of((await self._answer(call, address)).operation, address)
 
     def _retriever_stub(self) -> tuple[Any, str]:
         if self._retriever is None or self.retriever_address is None:

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rag_client.aio import AsyncRagClient
-from rag_client.corpus import CorpusDocument, Deleted, Upserted
+from rag_client.corpus import Deleted, DocumentPage, Upserted
 from rag_client.forward import ForwardInput
 from rag_client.messages import Input, Questions, Targets
+from rag_client.operation import Operation
 from rag_client.options import (
     ForwardOptions,
     GenerateOptions,
@@ -22,6 +23,7 @@ from rag_client.options import (
 )
 from rag_client.types import (
     AnswerPiece,
+    CorpusDocument,
     DocumentLookup,
     Explanations,
     FloatArray,
@@ -143,7 +145,7 @@ class RagClient:
     ) -> ForwardOutputs:
         """Runs the forward pass of Hugging Face's RAG classes over questions, contexts or encoder outputs.
 
-        None is for a call with past_key_values alone.
+        None is for a call with past_key_values alone. Raises ValueError for an answer that is torn.
         """
         return self._wait(self._client.forward(given, timeout_s=timeout_s, **options))
 
@@ -228,6 +230,12 @@ class RagClient:
             if not self._loop.is_closed():
                 self._wait(documents.aclose())
 
+    def document_page(
+        self, page_token: str = "", *, page_size: int = 100, timeout_s: float | None = None
+    ) -> DocumentPage:
+        """Reads documents in the order of their keys, from the beginning or on from an earlier page's token."""
+        return self._wait(self._client.document_page(page_token, page_size=page_size, timeout_s=timeout_s))
+
     def compact_index(self, *, timeout_s: float | None = None) -> IndexInfo:
         """Writes the corpus into a new snapshot and waits until it serves."""
         return self._wait(self._client.compact_index(timeout_s=timeout_s))
@@ -235,9 +243,35 @@ class RagClient:
     def activate_index(
         self, index_folder: str, *, ignore_callers: bool = False, timeout_s: float | None = None
     ) -> IndexInfo:
-        """Lets another index folder of the retriever's serve, waits until it does; going back is the same call."""
+        """Lets another index folder of the retriever's serve, waits until it does; going back is the same call.
+
+        With `ignore_callers`, also one that does not fit the question encoders that asked of late.
+        """
         call = self._client.activate_index(index_folder, ignore_callers=ignore_callers, timeout_s=timeout_s)
         return self._wait(call)
+
+    def begin_compaction(self, *, timeout_s: float | None = None) -> Operation:
+        """Begins what `compact_index` waits for."""
+        return self._wait(self._client.begin_compaction(timeout_s=timeout_s))
+
+    def begin_activation(
+        self, index_folder: str, *, ignore_callers: bool = False, timeout_s: float | None = None
+    ) -> Operation:
+        """Begins what `activate_index` waits for."""
+        call = self._client.begin_activation(index_folder, ignore_callers=ignore_callers, timeout_s=timeout_s)
+        return self._wait(call)
+
+    def get_operation(self, name: str, *, timeout_s: float | None = None) -> Operation:
+        """Says how far an operation is."""
+        return self._wait(self._client.get_operation(name, timeout_s=timeout_s))
+
+    def list_operations(self, *, timeout_s: float | None = None) -> list[Operation]:
+        """Lists the operations of the retriever's process, newest first."""
+        return self._wait(self._client.list_operations(timeout_s=timeout_s))
+
+    def cancel_operation(self, name: str, *, timeout_s: float | None = None) -> Operation:
+        """Asks an operation to stop; it ends with CANCELLED a little later, unless it was faster."""
+        return self._wait(self._client.cancel_operation(name, timeout_s=timeout_s))
 
     def health(self, *, timeout_s: float | None = None) -> dict[str, Health]:
         """Says by service name whether each side serves; a side that does not answer is UNREACHABLE."""

@@ -3,39 +3,22 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import numpy as np
 import numpy.typing as npt
-from google.protobuf.json_format import MessageToDict
 
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag_client import messages
-from rag_client.errors import RagClientError, error_of, from_rpc_error
-from rag_client.types import IndexInfo
+from rag_client.errors import from_rpc_error
+from rag_client.types import CorpusDocument
 from rag_serving import tensor_codec
 
 _ATTEMPTS = 4
 _FIRST_WAIT_S = 0.2
-_POLL_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class CorpusDocument:
-    """A document to write, or as the corpus holds it.
-
-    In an upsert `row` is not read, and an `etag` must be the stored document's.
-    """
-
-    key: str
-    text: str
-    title: str = ""
-    metadata: Mapping[str, Any] | None = None
-    etag: str = ""
-    row: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +41,15 @@ class Deleted:
     deleted: int
     missing_keys: list[str]
     sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentPage:
+    """Documents by key; `next_page_token` continues and is empty at the end, `total_size` counts the whole corpus."""
+
+    documents: list[CorpusDocument]
+    next_page_token: str
+    total_size: int
 
 
 def new_request_id(given: str | None) -> str:
@@ -152,42 +144,18 @@ def deleted(request_id: str, response: retriever_service_pb2.DeleteDocumentsResp
     return Deleted(request_id, response.deleted, list(response.missing_keys), response.sequence)
 
 
-def listed(response: retriever_service_pb2.ListDocumentsResponse) -> Iterator[CorpusDocument]:
-    """Yields the documents of a page."""
-    for one in response.documents:
-        metadata = MessageToDict(one.metadata) if one.HasField("metadata") else None
-        yield CorpusDocument(one.key, one.text, one.title, metadata, one.etag, one.row)
-
-
-async def wait_for(
-    stub: Any, operation: retriever_service_pb2.Operation, address: str, timeout_s: float
-) -> IndexInfo:
-    """Waits for an operation's end. Raises RagClientError as the operation does, and DEADLINE_EXCEEDED's.
-
-    An operation that is not waited for any longer goes on.
-    """
-    ends_at_s = time.monotonic() + timeout_s
-    while not operation.done:
-        await asyncio.sleep(_POLL_S)
-        left_s = max(0.0, ends_at_s - time.monotonic())
-        request = retriever_service_pb2.GetOperationRequest(name=operation.name)
-        try:
-            operation = (await stub.GetOperation(request, timeout=left_s)).operation
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, address) from error
-    if operation.HasField("error"):
-        raise _failed(operation.error, address)
-    return messages.index_info(operation.response)
-
-
-def _failed(error: retriever_service_pb2.OperationError, address: str) -> RagClientError:
-    codes = {code.value[0]: code for code in grpc.StatusCode}
-    return error_of(codes.get(error.code, grpc.StatusCode.UNKNOWN), error.message, address, error.reason)
+def document_page(response: retriever_service_pb2.ListDocumentsResponse) -> DocumentPage:
+    """Returns the documents of a page."""
+    documents = [messages.corpus_document(one) for one in response.documents]
+    return DocumentPage(documents, response.next_page_token, response.total_size)
 
 
 def _message(given: CorpusDocument) -> document_pb2.Document:
     message = document_pb2.Document(key=given.key, title=given.title, text=given.text, etag=given.etag)
     if given.metadata is not None:
         message.metadata.SetInParent()
-        message.metadata.update(given.metadata)
+        try:
+            message.metadata.update(given.metadata)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"the metadata of {given.key!r} cannot be sent: {error}") from error
     return message

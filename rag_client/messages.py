@@ -210,7 +210,7 @@ def retrieval(response: retriever_service_pb2.RetrieveResponse) -> types.Retriev
 def lookup(response: retriever_service_pb2.GetDocumentsResponse) -> types.DocumentLookup:
     """Returns the documents of a response."""
     return types.DocumentLookup(
-        documents=[document(one) for one in response.documents],
+        documents=[corpus_document(one) for one in response.documents],
         missing_keys=list(response.missing_keys),
         missing_rows=list(response.missing_rows),
     )
@@ -230,12 +230,18 @@ def model_info(response: generator_service_pb2.GetModelResponse) -> types.ModelI
 def index_info(response: retriever_service_pb2.GetIndexResponse) -> types.IndexInfo:
     """Returns the description of a response."""
     metric = _enum_name(document_pb2.Metric.Name(response.metric), "METRIC")
-    return _mirror(types.IndexInfo, response, metric=metric)
+    return _mirror(types.IndexInfo, response, metric=metric, generations=list(response.generations))
 
 
 def document(message: document_pb2.Document) -> types.Document:
     """Returns a document."""
     return _mirror(types.Document, message)
+
+
+def corpus_document(message: document_pb2.Document) -> types.CorpusDocument:
+    """Returns a document with its metadata and etag."""
+    metadata = _with_integers(MessageToDict(message.metadata)) if message.HasField("metadata") else None
+    return _mirror(types.CorpusDocument, message, metadata=metadata)
 
 
 def strategy(value: generation_pb2.Strategy.ValueType) -> types.Strategy:
@@ -302,6 +308,18 @@ def _mirror(kind: type[MirrorT], message: Message, **known: Any) -> MirrorT:
     """Makes a dataclass of the fields that it shares with a message; `known` are those that need a hand."""
     names = [one.name for one in dataclasses.fields(kind) if one.name not in known]  # type: ignore[arg-type]
     return kind(**{name: getattr(message, name) for name in names}, **known)
+
+
+def _with_integers(value: Any) -> Any:
+    """A Struct has doubles alone: whole ones were integers where they came from."""
+    match value:
+        case dict():
+            return {name: _with_integers(one) for name, one in value.items()}
+        case list():
+            return [_with_integers(one) for one in value]
+        case float() if value.is_integer() and abs(value) < 2**53:
+            return int(value)
+    return value
 
 
 def _optional_array(message: Message, field: str) -> npt.NDArray[Any] | None:

@@ -332,10 +332,25 @@ class Retrieval:
 
 
 @dataclass(frozen=True, slots=True)
+class CorpusDocument:
+    """A document to write, or as the corpus holds it.
+
+    In an upsert `row` is not read, and an `etag` must be the stored document's.
+    """
+
+    key: str
+    text: str
+    title: str = ""
+    metadata: Mapping[str, Any] | None = None
+    etag: str = ""
+    row: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentLookup:
     """Documents that exist, first by key, then by row, and what was asked for in vain."""
 
-    documents: list[Document]
+    documents: list[CorpusDocument]
     missing_keys: list[str]
     missing_rows: list[int]
 
@@ -381,3 +396,8 @@ class IndexInfo:
     title_sep: str
     doc_sep: str
     prefix: str
+    sequence: int = 0
+    pending_changes: int = 0
+    writable: bool = False
+    generations: list[int] = field(default_factory=list)
+    index_folder: str = ""

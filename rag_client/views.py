@@ -82,7 +82,7 @@ def retrieval_table(documents: Sequence[Document], doc_scores: Sequence[float]) 
             f"{doc_score:.3f}",
             str(document.row),
             Text(document.title),
-            Text(_cut(document.text), no_wrap=True),
+            Text(cut(document.text), no_wrap=True),
         )
     return table
 
@@ -102,11 +102,16 @@ def status_view(
     for title, described in (("model", model), ("index", index)):
         if described is None:
             continue
-        facts = Table.grid(padding=(0, 2))
-        for name in described.__dataclass_fields__:
-            facts.add_row(Text(name, style="dim"), Text(_fact(getattr(described, name))))
-        parts += [Text(), Text(title, style="bold"), Padding(facts, (0, 0, 0, 2))]
+        parts += [Text(), Text(title, style="bold"), Padding(facts_table(described), (0, 0, 0, 2))]
     return Group(*parts)
+
+
+def facts_table(described: ModelInfo | IndexInfo) -> Table:
+    """A model or an index, a line a fact."""
+    facts = Table.grid(padding=(0, 2))
+    for name in described.__dataclass_fields__:
+        facts.add_row(Text(name, style="dim"), Text(_fact(getattr(described, name))))
+    return facts
 
 
 def _fact(value: object) -> str:
@@ -159,5 +164,6 @@ def _how(generation: Generation, answer: Answer) -> str:
     )
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """The beginning of a text, for a line of a table."""
     return text if len(text) <= _EXCERPT_CHARS else f"{text[: _EXCERPT_CHARS - 1]}…"

@@ -1,6 +1,7 @@
 """An index built once, and a retriever served over a loopback port."""
 
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def index_folder(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A RAG checkpoint's tokenizers and config: BART-like generator, BERT-like question encoder."""
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint"), bpe_tokenizer(), wordpiece_tokenizer())
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

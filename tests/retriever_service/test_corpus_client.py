@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,6 @@ NOBODY = "127.0.0.1:1"
 def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
     build_corpus(corpus, tmp_path / "index")
     return tmp_path / "index"
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def some(count: int) -> tuple[list[CorpusDocument], Any]:
