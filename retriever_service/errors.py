@@ -27,6 +27,7 @@ StartupError
 └── BuildError                     BUILD_FAILED               `rag-index build` cannot go on; says where
 """
 
+import errno
 from collections.abc import Sequence
 
 from rag_serving.errors import (
@@ -139,6 +140,11 @@ class DiskFullError(ResourceExhaustedError):
     """The disk has no room for the change; nothing of it was written, and reading goes on."""
 
     reason = "DISK_FULL"
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the system refuses for want of room."""
+    return error.errno in {errno.ENOSPC, errno.EDQUOT}
 
 
 class OverloadedError(ResourceExhaustedError):

@@ -11,7 +11,14 @@ from rag_serving.errors import FailedPreconditionError, InvalidArgumentError, Ra
 from retriever_service.corpus.active import write_active
 from retriever_service.corpus.base import Corpus, Delete, Deleted, Generation, Page, Upsert, Upserted
 from retriever_service.corpus.local import LocalCorpus
-from retriever_service.errors import BuildError, MissingIndexError, NoPassageEncoderError, ReadOnlyError
+from retriever_service.errors import (
+    BuildError,
+    DiskFullError,
+    MissingIndexError,
+    NoPassageEncoderError,
+    ReadOnlyError,
+    is_full,
+)
 from retriever_service.generations import Generations, Served
 from retriever_service.index.manifest import Embedding, Manifest
 from retriever_service.index.snapshot import Snapshot
@@ -232,6 +239,8 @@ class Maintenance:
                 self._generations.switch(served)
         except OSError as error:
             self._generations.abandon(served)
+            if is_full(error):
+                raise DiskFullError(f"{self._home}: {error}", retry_after_s=5.0) from error
             raise ReadOnlyError(f"{self._home} cannot be written to: {error}") from error
         except BaseException:
             self._generations.abandon(served)

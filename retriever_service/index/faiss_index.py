@@ -172,7 +172,7 @@ class FaissBuilder:
 
     def checkpoint(self, file: Path) -> None:
         """Writes what there is so far: training, and the vectors added. Making it durable is the caller's part."""
-        faiss.write_index(self._index, str(file))
+        _write(self._index, file)
 
     @property
     def ntotal(self) -> int:
@@ -210,7 +210,25 @@ class FaissBuilder:
             ivf.nprobe = min(nprobe, ivf.nlist)
         if hnsw is not None:
             hnsw.hnsw.efSearch = ef_search
-        faiss.write_index(self._index, str(file))
+        _write(self._index, file)
+
+
+def _write(index: faiss.Index, file: Path) -> None:
+    """Writes an index file. Raises OSError; faiss's own writer says nothing where the last bytes find no room."""
+    failed: list[OSError] = []
+    with file.open("wb") as stream:
+
+        def write(content: bytes) -> None:
+            if not failed:
+                try:
+                    stream.write(content)
+                except OSError as error:
+                    # Through faiss it would come back as another error.
+                    failed.append(error)
+
+        faiss.write_index(index, faiss.PyCallbackIOWriter(write))  # type: ignore[attr-defined]  # not in its stubs
+        if failed:
+            raise failed[0]
 
 
 def set_num_threads(num_threads: int) -> None:

@@ -168,16 +168,31 @@ def building(folder: Path, recipe: str) -> Iterator[Path]:
 def compacting(folder: Path) -> Iterator[Path]:
     """Gives a compaction a hidden folder to write in, and takes it away afterwards if it was not published.
 
-    Holds the index folder's lock. Raises BuildError while a build runs.
+    What one left that was killed, or out of disk, before CURRENT named it goes too. Holds the index folder's lock.
+    Raises BuildError while a build runs.
     """
     with _publishing(folder):
+        _remove_unnamed(folder)
         work = folder / _COMPACTING_FOLDER
         shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
         try:
+            work.mkdir()
             yield work
+        except OSError:
+            _remove_unnamed(folder)
+            raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def _remove_unnamed(folder: Path) -> None:
+    """Removes compactions newer than what CURRENT names; the next one begins anew, where a build would go on."""
+    current = _read_current(folder)[0]
+    for _, path in _generations(folder):
+        if path == current:
+            return
+        if not (path / _RECIPE_FILE).exists():
+            _remove_unless_held(path)
 
 
 @contextlib.contextmanager

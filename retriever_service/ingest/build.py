@@ -7,6 +7,7 @@ import importlib.metadata
 import itertools
 import json
 import shutil
+import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,13 @@ from retriever_service.ingest.vectors import (
     adopt_vectors,
     build_vectors,
 )
-from retriever_service.store.sqlite import DuplicateKeyError, SqliteStore, SqliteWriter, stored_dimension
+from retriever_service.store.sqlite import (
+    DuplicateKeyError,
+    SqliteStore,
+    SqliteWriter,
+    meaning,
+    stored_dimension,
+)
 from retriever_service.types import Float32Array, Metric
 
 RECORDS_PER_CHUNK = 512
@@ -132,10 +139,11 @@ def _write_documents(
 ) -> None:
     """Writes documents and embeddings, chunk by chunk, those that a killed build has not; then names the file."""
     unfinished = file.with_name(file.name + ".unfinished")
-    writer = SqliteWriter(unfinished, embeddings_dtype)
     total = reader.count()
-    progress("documents", len(writer), total)
+    writer: SqliteWriter | None = None
     try:
+        writer = SqliteWriter(unfinished, embeddings_dtype)
+        progress("documents", len(writer), total)
         for chunk, embeddings in _embedded(reader, len(writer), encoder, writer.dimension):
             if embeddings_dtype == "float16":
                 _check_float16(chunk, embeddings)
@@ -148,6 +156,9 @@ def _write_documents(
         _check_not_empty(writer, reader)
         writer.finish()
         unfinished.rename(file)
+    except sqlite3.OperationalError as error:
+        # What is written stays: the build goes on once there is room.
+        raise meaning(error, unfinished, "write") from error
     except DuplicateKeyError as error:
         shutil.rmtree(file.parent)
         first, second = reader.nth(error.first_row).where, reader.nth(error.second_row).where
@@ -157,7 +168,8 @@ def _write_documents(
         shutil.rmtree(file.parent)
         raise
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
 
 
 def _check_not_empty(writer: SqliteWriter, reader: CorpusReader) -> None:

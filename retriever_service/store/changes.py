@@ -11,15 +11,13 @@ import numpy as np
 
 from retriever_service.errors import (
     DamagedIndexError,
-    DiskFullError,
     EtagError,
     KeyExistsError,
     RequestIdReusedError,
 )
 from retriever_service.store.live import SCHEMA, LoggedChange, open_live
+from retriever_service.store.sqlite import meaning
 from retriever_service.types import Float32Array
-
-_FULL = {"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE"}
 
 
 class ChangeWriter:
@@ -42,7 +40,7 @@ class ChangeWriter:
             self._connection.execute("PRAGMA synchronous=FULL")
             self._adopt(base_digest)
         except sqlite3.DatabaseError as error:
-            raise _meaning(error, changes_file) from error
+            raise meaning(error, changes_file, "write") from error
 
     def close(self) -> None:
         """Folds the write-ahead log in and closes."""
@@ -129,7 +127,7 @@ class ChangeWriter:
                 )
                 self._connection.execute("DELETE FROM main.documents WHERE is_current = 0")
         except sqlite3.DatabaseError as error:
-            raise _meaning(error, self._file) from error
+            raise meaning(error, self._file, "write") from error
 
     def _transaction(
         self, request: tuple[str, str], write: Callable[[], tuple[dict[str, Any], list[LoggedChange]]]
@@ -150,7 +148,7 @@ class ChangeWriter:
                         self._connection.execute("ROLLBACK")
                     raise
             except sqlite3.DatabaseError as error:
-                raise _meaning(error, self._file) from error
+                raise meaning(error, self._file, "write") from error
             return answer, changes
 
     def _answered(self, request_id: str, digest: str) -> dict[str, Any] | None:
@@ -222,9 +220,3 @@ class ChangeWriter:
 
     def _set_fact(self, name: str, value: str) -> None:
         self._connection.execute("INSERT OR REPLACE INTO main.facts VALUES (?, ?)", (name, value))
-
-
-def _meaning(error: sqlite3.DatabaseError, file: Path) -> Exception:
-    if getattr(error, "sqlite_errorname", "") in _FULL:
-        return DiskFullError(f"{file}: no room on the disk: {error}", retry_after_s=5.0)
-    return DamagedIndexError(file, f"SQLite cannot write it: {error}")

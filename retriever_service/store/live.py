@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from retriever_service.errors import is_full
 from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import Document, Float32Array, Int64Array
 
@@ -123,8 +124,9 @@ def _is_writable(folder: Path) -> bool:
         probe = folder / ".writable"
         probe.touch()
         probe.unlink(missing_ok=True)
-    except OSError:
-        return False
+    except OSError as error:
+        # A full disk can be written to, and is: only what nobody writes may be read as if it never changed.
+        return is_full(error)
     return True
 
 

@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from rag_serving.errors import DataLossError
-from retriever_service.errors import DamagedIndexError
+from rag_serving.errors import DataLossError, RagError
+from retriever_service.errors import DamagedIndexError, DiskFullError
 from retriever_service.filters import Filter
 from retriever_service.store.base import DocumentStore
 from retriever_service.store.filter_sql import where_clause
 from retriever_service.types import Document, Float32Array, Int64Array
 
 _VALUES_PER_QUERY = 1000
+# What SQLite says of a full disk: also where a file's memory map, or the shared memory of its log, has no room.
+_FULL = {"SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE", "SQLITE_IOERR_SHMMAP"}
 # Where "file change counter" and "version valid for" stand: https://www.sqlite.org/fileformat2.html
 _CHANGE_COUNTERS = (24, 92)
 # Stored embeddings are float32, or float16 where a build was asked for it; their length in bytes tells.
@@ -127,6 +129,8 @@ class SqliteStore(DocumentStore):
                     self._connections.append(connection)
             yield connection
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            if isinstance(error, sqlite3.DatabaseError):
+                raise meaning(error, self._file, "read") from error
             raise DamagedIndexError(self._file, f"SQLite cannot read it: {error}") from error
 
 
@@ -201,6 +205,13 @@ class SqliteWriter:
             if found is None:
                 raise
             raise DuplicateKeyError(key, first_row=int(found[0]), second_row=row) from error
+
+
+def meaning(error: sqlite3.DatabaseError, file: Path, verb: str) -> RagError:
+    """Returns what SQLite's error is to us: DiskFullError, or else DamagedIndexError; `verb` is what failed."""
+    if getattr(error, "sqlite_errorname", "") in _FULL:
+        return DiskFullError(f"{file}: no room on the disk: {error}", retry_after_s=5.0)
+    return DamagedIndexError(file, f"SQLite cannot {verb} it: {error}")
 
 
 def stored_dimension(file: Path, embeddings_dtype: str) -> int:

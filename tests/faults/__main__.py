@@ -4,9 +4,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from tests.faults import kill_build, kill_corpus
+from tests.faults import kill_build, kill_corpus, kill_service
 
-_PROGRAMS = {"corpus": kill_corpus.run, "build": kill_build.run}
+_PROGRAMS = {"corpus": kill_corpus.run, "build": kill_build.run, "service": kill_service.run}
 
 
 def main() -> None:

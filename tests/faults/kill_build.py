@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from retriever_service.corpus.local import LocalCorpus
 from retriever_service.index.snapshot import Snapshot
 from retriever_service.ingest import cli, vectors
 from retriever_service.ingest.verify import verify_index
+from tests.faults import processes
 from tests.faults.changing_corpus import EMBEDDING, Change, apply, vector_of
 from tests.faults.kill_corpus import build_tiny
 
@@ -44,8 +44,7 @@ class KilledBuild:
         self._root = root
         self._folder = root / "built"
         self._random = random.Random(seed)
-        self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(["tests.faults.kill_build"])
+        self._processes = processes.context()
         self._took_s = 0.5
         self._corpus = root / "new.jsonl"
         _write_corpus(self._corpus)

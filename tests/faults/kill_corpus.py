@@ -2,7 +2,6 @@
 
 import collections
 import json
-import multiprocessing
 import random
 import sys
 import time
@@ -17,6 +16,7 @@ from retriever_service.ingest.build import BuildOptions, build_index
 from retriever_service.ingest.reader import CorpusReader
 from retriever_service.ingest.verify import verify_index
 from retriever_service.types import SearchParameters
+from tests.faults import processes
 from tests.faults.changing_corpus import (
     EMBEDDING,
     FOLDERS,
@@ -41,8 +41,7 @@ class KilledCorpus:
         self.home = root / FOLDERS[0]
         self._root = root
         self._random = random.Random(seed)
-        self._processes = multiprocessing.get_context("forkserver")
-        self._processes.set_forkserver_preload(["tests.faults.changing_corpus"])
+        self._processes = processes.context()
         self._took_s = dict.fromkeys(KINDS, 0.002)
         self.texts: dict[str, dict[str, str]] = {}
         self.active = FOLDERS[0]

@@ -1,6 +1,7 @@
 """The corpus of an index folder: what is acknowledged stays, what is deleted is gone, in every generation."""
 
 import contextlib
+import errno
 import shutil
 import sqlite3
 import threading
@@ -19,6 +20,7 @@ from retriever_service.corpus.local import LocalCorpus
 from retriever_service.errors import (
     CompactionError,
     DamagedIndexError,
+    DiskFullError,
     EtagError,
     KeyExistsError,
     ReadOnlyError,
@@ -167,6 +169,42 @@ def test_a_cancelled_compaction_leaves_nothing(folder: Path) -> None:
         assert not (folder / ".compacting").exists()
         assert corpus.generation.number == 1
         assert "fresh" in keys_of(corpus)
+
+
+def test_a_compaction_that_finds_no_room_for_its_last_file_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder had its name already, and stayed, on a disk that was full."""
+
+    def full(file: Path, content: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with opened(folder) as corpus:
+        upsert(corpus, "fresh")
+        with monkeypatch.context() as patched:
+            patched.setattr("retriever_service.index.snapshot.write_durably", full)
+            with pytest.raises(DiskFullError):
+                corpus.compact(lambda *_: None, threading.Event())
+        assert [path.name for path in folder.glob("generation-*")] == ["generation-000001"]
+        # As SIGKILL leaves it.
+        shutil.copytree(folder / "generation-000001", folder / "generation-000002")
+        (folder / "generation-000002" / "recipe.sha256").unlink()
+        assert corpus.compact(lambda *_: None, threading.Event()).number == 2
+        assert "fresh" in keys_of(corpus)
+
+
+def test_a_full_disk_is_not_taken_for_one_that_nobody_writes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that opened while the disk was full read the file without its write-ahead log."""
+
+    def full(file: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with opened(folder) as corpus, ThreadPoolExecutor(1) as another_thread:
+        upsert(corpus, "fresh")
+        monkeypatch.setattr(Path, "touch", full)
+        assert "fresh" in another_thread.submit(keys_of, corpus).result()
 
 
 def test_a_compaction_never_overrides_a_newer_build(folder: Path, corpus: Path, build_corpus: Build) -> None:

@@ -126,3 +126,13 @@ def test_file_that_is_no_index_is_named(tmp_path: Path) -> None:
 )
 def test_small_names_of_kinds_are_understood(given: str, spelled: str) -> None:
     assert normalized_kind(given) == spelled
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("count", [1, 600])
+def test_a_disk_that_fills_while_an_index_is_written_is_an_error(count: int) -> None:
+    """faiss's own writer told nothing of a disk that was full for the last 4 KB: the file was cut, and published."""
+    builder = FaissBuilder("Flat", DIM, Metric.L2)
+    builder.add(VECTORS[:count])
+    with pytest.raises(OSError, match="No space left"):
+        builder.save(Path("/dev/full"), nprobe=1, ef_search=1)
