@@ -27,6 +27,7 @@ from retriever_service.index.live_index import LiveIndex
 from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot, live_file, prune
 from retriever_service.store.changes import ChangeWriter
 from retriever_service.store.live import LiveStore, LoggedChange
+from retriever_service.store.live_check import check_changes, is_begun
 from retriever_service.types import Float32Array, Int64Array
 
 _VECTORS_PER_CHUNK = 16_384
@@ -206,11 +207,13 @@ class LocalCorpus(Corpus):
             base.verify((DOCUMENTS_FILE,))
         changes_file = None if self._root is None else live_file(self._root, self._base_generation)
         self._read_only_reason = self._refusal(take_changes)
+        if changes_file is not None:
+            self._check_changes(changes_file, snapshot, base)
         if self._read_only_reason is None and changes_file is not None:
             self._writer = ChangeWriter(changes_file, base.documents_file, digest, etag_prefix, requests_kept)
             self._closing.callback(self._writer.close)
             self._writer.purge()
-        elif changes_file is not None and not changes_file.exists():
+        elif changes_file is not None and not is_begun(changes_file, base.documents_file):
             changes_file = None
         dimension = base.manifest.dimension
         self._store = LiveStore(base.documents_file, changes_file, dimension, etag_prefix)
@@ -220,6 +223,20 @@ class LocalCorpus(Corpus):
                 base.documents_file, f"{self._store.num_built} documents, not {base.manifest.ntotal}"
             )
         self._generation = self._open_generation(snapshot)
+
+    def _check_changes(self, file: Path, snapshot: Snapshot, base: Snapshot) -> None:
+        """Refuses a changes file that is damaged; unless `verify`, only one that is not there and has to be."""
+        is_compaction = snapshot.manifest.base_generation is not None
+        if self._verify:
+            check_changes(
+                file,
+                base.documents_file,
+                base.manifest.digest(),
+                base.manifest.dimension,
+                snapshot.manifest.sequence if is_compaction else None,
+            )
+        elif is_compaction and not is_begun(file, base.documents_file):
+            raise DamagedIndexError(file, "missing or empty, where a compaction holds changes of it")
 
     def _refusal(self, take_changes: bool) -> str | None:
         if not take_changes:

@@ -102,11 +102,13 @@ class Snapshot:
     def base(self) -> "Snapshot":
         """The build whose documents these are: itself, unless it is a compaction, which needs nothing else of it.
 
-        Raises DamagedIndexError or MissingIndexError where that is not there.
+        Raises DamagedIndexError where that is not there, or not whole.
         """
         if self.manifest.base_generation is None:
             return self
         folder = self.folder.parent / _generation_name(self.manifest.base_generation)
+        if not (folder / MANIFEST_FILE).is_file():
+            raise DamagedIndexError(folder / MANIFEST_FILE, f"missing: {self.folder.name} goes back to it")
         return Snapshot.open(folder, (DOCUMENTS_FILE,))
 
     @contextlib.contextmanager

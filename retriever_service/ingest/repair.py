@@ -12,6 +12,7 @@ from retriever_service.errors import BuildError, DamagedIndexError
 from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot, live_file
 from retriever_service.ingest.verify import verify_index
 from retriever_service.store.live import LiveStore
+from retriever_service.store.live_check import check_changes, is_begun
 
 _GENERATIONS_KEPT = 2
 
@@ -38,10 +39,17 @@ def repair_index(
     lock.acquire(root)
     try:
         changes = live_file(root, base.manifest.generation)
+        check_changes(
+            changes,
+            base.documents_file,
+            base.manifest.digest(),
+            base.manifest.dimension,
+            None if base is damaged else damaged.manifest.sequence,
+        )
         etag_prefix = base.manifest.digest().removeprefix("sha256:")[:8]
         store = LiveStore(
             base.documents_file,
-            changes if changes.exists() else None,
+            changes if is_begun(changes, base.documents_file) else None,
             base.manifest.dimension,
             etag_prefix,
         )

@@ -7,7 +7,8 @@ import numpy as np
 
 from retriever_service.errors import DamagedIndexError
 from retriever_service.index.faiss_index import FaissIndex
-from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot
+from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot, live_file
+from retriever_service.store.live_check import check_changes
 from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import SearchParameters
 
@@ -17,6 +18,7 @@ _VECTORS_PER_CHUNK = 16_384
 def verify_index(folder: Path, step: Callable[[str], None]) -> Snapshot:
     """Checks manifest, sizes, checksums, that faiss and SQLite read their files, and that the two agree.
 
+    The documents' changes are checked too, also while a retriever writes them.
     `step` hears what is checked next. Raises MissingIndexError, or DamagedIndexError naming the file.
     """
     step("manifest and sizes")
@@ -44,6 +46,16 @@ def verify_index(folder: Path, step: Callable[[str], None]) -> Snapshot:
         for embeddings in store.embedding_chunks(_VECTORS_PER_CHUNK):
             if not np.isfinite(embeddings).all():
                 raise DamagedIndexError(base.documents_file, "an embedding is not finite")
+        root = snapshot.root
+        if root is not None:
+            step("changes")
+            check_changes(
+                live_file(root, base.manifest.generation),
+                base.documents_file,
+                base.manifest.digest(),
+                manifest.dimension,
+                None if base is snapshot else manifest.sequence,
+            )
         step("search")
         rows, _ = index.search(store.embeddings_of([0]), 1, SearchParameters())
         if not 0 <= int(rows[0, 0]) < manifest.ntotal:

@@ -16,6 +16,7 @@ from retriever_service.errors import (
     RequestIdReusedError,
 )
 from retriever_service.store.live import SCHEMA, LoggedChange, open_live
+from retriever_service.store.live_check import content_crc32
 from retriever_service.store.sqlite import meaning
 from retriever_service.types import Float32Array
 
@@ -76,9 +77,11 @@ class ChangeWriter:
                     "INSERT INTO main.documents VALUES (?, ?, ?, ?, ?, 1)",
                     (next_row, key, title, text, metadata),
                 )
+                blob = embedding.astype(np.dtype("<f4"), copy=False).tobytes()
+                self._connection.execute("INSERT INTO main.embeddings VALUES (?, ?)", (next_row, blob))
                 self._connection.execute(
-                    "INSERT INTO main.embeddings VALUES (?, ?)",
-                    (next_row, embedding.astype(np.dtype("<f4"), copy=False).tobytes()),
+                    "INSERT INTO main.checksums VALUES (?, ?)",
+                    (next_row, content_crc32(key, title, text, metadata, blob)),
                 )
                 changes.append(self._log(key, next_row, replaced))
                 next_row += 1
@@ -121,10 +124,11 @@ class ChangeWriter:
         try:
             with self._lock, self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
-                self._connection.execute(
-                    "DELETE FROM main.embeddings WHERE row IN"
-                    " (SELECT row FROM main.documents WHERE is_current = 0)"
-                )
+                for table in ("embeddings", "checksums"):
+                    self._connection.execute(
+                        f"DELETE FROM main.{table} WHERE row IN"  # noqa: S608  (one of two)
+                        " (SELECT row FROM main.documents WHERE is_current = 0)"
+                    )
                 self._connection.execute("DELETE FROM main.documents WHERE is_current = 0")
         except sqlite3.DatabaseError as error:
             raise meaning(error, self._file, "write") from error

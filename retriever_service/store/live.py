@@ -36,6 +36,8 @@ class LiveStore(SqliteStore):
         self._changes_file = changes_file
         self._etag_prefix = etag_prefix
         super().__init__(base_file, dimension)
+        # What can break from now on is what is written to: the build's checksum is known.
+        self._blamed = changes_file or base_file
         self.shown = 0
         self.num_built = self._num_documents
 
@@ -144,6 +146,7 @@ CREATE TABLE IF NOT EXISTS main.documents (
 ) STRICT;
 CREATE UNIQUE INDEX IF NOT EXISTS main.current_keys ON documents (key) WHERE is_current = 1;
 CREATE TABLE IF NOT EXISTS main.embeddings (row INTEGER PRIMARY KEY, embedding BLOB NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS main.checksums (row INTEGER PRIMARY KEY, crc32 INTEGER NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS main.hidden (row INTEGER PRIMARY KEY) STRICT;
 CREATE TABLE IF NOT EXISTS main.changes (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,

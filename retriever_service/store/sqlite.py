@@ -31,6 +31,7 @@ class SqliteStore(DocumentStore):
     def __init__(self, file: Path, dimension: int) -> None:
         """Opens the store. Raises DamagedIndexError naming a file that is not one."""
         self._file = file
+        self._blamed = file
         self._dimension = dimension
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
@@ -130,8 +131,8 @@ class SqliteStore(DocumentStore):
             yield connection
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if isinstance(error, sqlite3.DatabaseError):
-                raise meaning(error, self._file, "read") from error
-            raise DamagedIndexError(self._file, f"SQLite cannot read it: {error}") from error
+                raise meaning(error, self._blamed, "read") from error
+            raise DamagedIndexError(self._blamed, f"SQLite cannot read it: {error}") from error
 
 
 class SqliteWriter:

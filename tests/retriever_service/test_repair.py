@@ -1,5 +1,7 @@
 """`rag-index repair`: a damaged snapshot comes back from SQLite, with every change since it was written."""
 
+import contextlib
+import sqlite3
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +12,11 @@ import pytest
 
 from retriever_service.corpus.base import Delete, NewDocument, Upsert
 from retriever_service.corpus.local import LocalCorpus
-from retriever_service.errors import DamagedIndexError, ReadOnlyError
+from retriever_service.errors import DamagedIndexError, MissingIndexError, ReadOnlyError
 from retriever_service.index.manifest import Embedding
 from retriever_service.ingest.repair import repair_index
 from retriever_service.ingest.verify import verify_index
+from retriever_service.store.live import SCHEMA
 from retriever_service.types import SearchParameters
 
 DIM = 16
@@ -33,7 +36,7 @@ def flip(file: Path) -> None:
 
 def change(corpus: LocalCorpus) -> Any:
     vector = np.random.default_rng(5).standard_normal((1, DIM)).astype(np.float32)
-    document = NewDocument("fresh", "", "text")
+    document = NewDocument("fresh", "", "a text of its own")
     corpus.upsert(Upsert("", "d", [document], vector, False, Embedding(name="tiny-encoder")))
     corpus.delete(Delete("", "d", [("doc-3", "")]))
     return vector
@@ -77,12 +80,142 @@ def test_a_damaged_index_is_refused_by_name_and_built_anew(
     assert not repaired(folder)
 
 
-def test_what_cannot_be_repaired_is_said(tmp_path: Path, corpus: Path, build_corpus: Build) -> None:
+# Where each file of a folder lies, whether repair can make it anew, and how it is named.
+FILES = {
+    "generation-000002/index.faiss": True,
+    "generation-000002/rows.npy": True,
+    "generation-000002/manifest.json": False,
+    "generation-000001/documents.sqlite": False,
+    "generation-000001/manifest.json": False,
+    "live-000001.sqlite": False,
+    "CURRENT": False,
+}
+
+
+def compacted(folder: Path) -> Path:
+    """Changes an index folder, compacts it, and changes it again."""
+    live = LocalCorpus(folder)
+    change(live)
+    live.compact(lambda *_: None, threading.Event())
+    live.delete(Delete("", "d", [("doc-5", "")]))
+    live.close()
+    return folder
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_each_file_of_a_snapshot_is_refused_by_name_and_repaired_where_it_is_derived(
+    name: str, damage: str, tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
+    build_corpus(corpus, tmp_path / "index")
+    folder = compacted(tmp_path / "index")
+    if damage == "flipped":
+        flip(folder / name)
+    else:
+        (folder / name).unlink()
+    # Without CURRENT there is no index at all, and a manifest that is gone leaves CURRENT pointing nowhere.
+    named = {"CURRENT": "index", "generation-000002/manifest.json": "CURRENT|manifest"}
+    refused = pytest.raises((DamagedIndexError, MissingIndexError), match=named.get(name, Path(name).name))
+    with refused:
+        LocalCorpus(folder)
+    with refused:
+        verify_index(folder, lambda what: None)
+    if FILES[name]:
+        assert repaired(folder)
+        verify_index(folder, lambda what: None)
+        live = LocalCorpus(folder)
+        assert len(live.generation.store) == live.generation.index.ntotal == 59
+        live.close()
+    else:
+        with refused:
+            repaired(folder)
+
+
+def test_any_damaged_byte_of_a_changed_document_is_refused(
+    tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
+    """SQLite's own check does not read what a document says."""
+    build_corpus(corpus, tmp_path / "index")
+    folder = compacted(tmp_path / "index")
+    file = folder / "live-000001.sqlite"
+    whole = file.read_bytes()
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        (embedding,) = connection.execute("SELECT embedding FROM embeddings").fetchone()
+    for content in (b"a text of its own", embedding, b"fresh"):
+        assert content in whole
+        place = whole.index(content) + len(content) // 2
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        for refuse in (LocalCorpus, repaired, lambda folder: verify_index(folder, lambda what: None)):
+            with pytest.raises(DamagedIndexError, match=r"live-000001\.sqlite"):
+                refuse(folder)  # type: ignore[operator]
+
+
+BREAKS = {
+    "a change is missing": "DELETE FROM changes WHERE sequence = 1",
+    "the last change is missing": "DELETE FROM changes WHERE sequence = (SELECT max(sequence) FROM changes)",
+    "a change says another document": "UPDATE changes SET key = 'other' WHERE row IS NOT NULL",
+    "a change says another row": "UPDATE changes SET replaced_row = 7 WHERE replaced_row = 3",
+    "what is deleted is back": "DELETE FROM hidden WHERE row = 3",
+    "what is written is gone": "UPDATE documents SET is_current = 0",
+    "an embedding is gone": "DELETE FROM embeddings",
+    "an embedding is cut": "UPDATE embeddings SET embedding = x'00'",
+    "rows are given again": "UPDATE facts SET value = '60' WHERE name = 'next_row'",
+    "it is another build's": "UPDATE facts SET value = 'sha256:0' WHERE name = 'base'",
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_a_change_log_that_contradicts_itself_is_refused(
+    broken: str, tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
+    build_corpus(corpus, tmp_path / "index")
+    folder = compacted(tmp_path / "index")
+    verify_index(folder, lambda what: None)
+    with contextlib.closing(sqlite3.connect(folder / "live-000001.sqlite")) as connection, connection:
+        assert connection.execute(BREAKS[broken]).rowcount > 0
+    for refuse in (LocalCorpus, repaired, lambda folder: verify_index(folder, lambda what: None)):
+        with pytest.raises(DamagedIndexError, match=r"live-000001\.sqlite"):
+            refuse(folder)  # type: ignore[operator]
+
+
+def test_changes_that_are_gone_are_missed_also_where_nothing_is_verified(
+    tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
+    """Without them a compaction was served, and what had been deleted was listed again."""
+    build_corpus(corpus, tmp_path / "index")
+    folder = compacted(tmp_path / "index")
+    (folder / "live-000001.sqlite").unlink()
+    for options in ({"verify": False}, {"take_changes": False}, {}):
+        with pytest.raises(DamagedIndexError, match=r"live-000001\.sqlite: missing"):
+            LocalCorpus(folder, **options)  # type: ignore[arg-type]
+
+
+def test_a_changes_file_that_was_not_begun_is_none(tmp_path: Path, corpus: Path, build_corpus: Build) -> None:
+    """A retriever that is killed at its very first start leaves such a file."""
+    build_corpus(corpus, tmp_path / "index")
     folder = tmp_path / "index"
-    snapshot = build_corpus(corpus, folder)
-    flip(snapshot.documents_file)
-    with pytest.raises(DamagedIndexError, match=r"documents\.sqlite"):
-        repaired(folder)
+    file = folder / "live-000001.sqlite"
+    for begin in ("", "PRAGMA journal_mode=WAL", SCHEMA):
+        with contextlib.closing(sqlite3.connect(file)) as connection:
+            connection.executescript(begin)
+        verify_index(folder, lambda what: None)
+        LocalCorpus(folder, take_changes=False).close()
+    LocalCorpus(folder).close()
+    verify_index(folder, lambda what: None)
+
+
+def test_changes_of_before_there_were_checksums_are_taken_over(
+    tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
+    build_corpus(corpus, tmp_path / "index")
+    folder = compacted(tmp_path / "index")
+    with contextlib.closing(sqlite3.connect(folder / "live-000001.sqlite")) as connection, connection:
+        connection.execute("DROP TABLE checksums")
+    verify_index(folder, lambda what: None)
+    live = LocalCorpus(folder)
+    change(live)
+    live.close()
+    verify_index(folder, lambda what: None)
 
 
 def test_nothing_is_repaired_under_a_retriever_that_writes(
