@@ -136,9 +136,8 @@ def _forced_and_suppressed(s: GenerationSettings, device: torch.device) -> list[
     if s.suppress_tokens:
         processors.append(SuppressTokensLogitsProcessor(list(s.suppress_tokens), device=str(device)))
     if s.begin_suppress_tokens:
-        begin = _PROMPT_LENGTH if s.forced_bos_token_id is None else _PROMPT_LENGTH + 1
         processors.append(
-            SuppressTokensAtBeginLogitsProcessor(list(s.begin_suppress_tokens), begin, device=str(device))
+            SuppressTokensAtBeginLogitsProcessor(list(s.begin_suppress_tokens), _begin(s), device=str(device))
         )
     return processors
 
@@ -166,6 +165,36 @@ def build_warpers(settings: GenerationSettings, device: torch.device) -> list[Pr
     if s.renormalize_logits:
         warpers.append(LogitNormalization())
     return warpers
+
+
+def banned_tokens(settings: GenerationSettings, cur_len: int) -> tuple[int, ...] | None:
+    """The tokens that may not come next, where that is all the processors and warpers do there; else None."""
+    s = settings
+    does_more = (
+        s.do_sample
+        or s.renormalize_logits
+        or s.encoder_repetition_penalty != 1.0
+        or s.repetition_penalty != 1.0
+        or s.no_repeat_ngram_size > 0
+        or s.encoder_no_repeat_ngram_size > 0
+        or s.bad_words_ids
+        or s.allowed_sequences
+        or (s.forced_bos_token_id is not None and cur_len == _PROMPT_LENGTH)
+        or (s.forced_eos_token_id is not None and cur_len == s.max_length - 1)
+    )
+    if does_more:
+        return None
+    banned = [*s.suppress_tokens]
+    if cur_len < s.min_length or cur_len - _PROMPT_LENGTH < s.min_new_tokens:
+        banned += s.eos_token_ids
+    if cur_len == _begin(s):
+        banned += s.begin_suppress_tokens
+    return tuple(dict.fromkeys(banned))
+
+
+def _begin(settings: GenerationSettings) -> int:
+    """Length of a hypothesis where begin_suppress_tokens act."""
+    return _PROMPT_LENGTH if settings.forced_bos_token_id is None else _PROMPT_LENGTH + 1
 
 
 def forced_token(settings: GenerationSettings, cur_len: int) -> int | None:

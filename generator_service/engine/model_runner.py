@@ -12,16 +12,17 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from generator_service.decoding import marginalize
+from generator_service.decoding import marginalize, top_tokens
 from generator_service.decoding.targets import TargetLogProbs
 from generator_service.engine import scoring, tracing
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, Progress, ScoreTarget
 from generator_service.engine.pass_messages import ForwardPass, PassDone, QuestionPass
 from generator_service.engine.pass_runner import PassRefusedError, PassRunner
+from generator_service.engine.pool_scores import PoolScores
 from generator_service.engine.request import Request
 from generator_service.engine.scheduler import Schedule
 from generator_service.engine.search import FoundHypothesis, PoolKey, Search
-from generator_service.engine.search_pool import SearchPool, StepScores, hypotheses_of
+from generator_service.engine.search_pool import SearchPool, hypotheses_of
 from generator_service.model.backbone import Backbone, RowBatch, RowBlock
 from generator_service.model.kv_cache import ContextStates
 from generator_service.model.paged.arena import ArenaFullError
@@ -253,28 +254,23 @@ class ModelRunner:
 
     def _step_scores(
         self, pool: SearchPool, blocks: Sequence[RowBlock | None], states: Sequence[Tensor]
-    ) -> list[StepScores]:
+    ) -> PoolScores:
         """Scores over the vocabulary for the searches whose next token is not forced: one head for all."""
-        wanted = [s.forced_token is None for s in pool.searches]
-        per_block = iter(states)
-        chosen = [next(per_block) if b is not None else None for b in blocks]
-        rows = [x for x, w in zip(chosen, wanted, strict=True) if w and x is not None]
-        if not rows:
-            return [StepScores(None, None)] * len(chosen)
-        logits = self.backbone.logits(torch.cat(rows))
-        lse = logits.logsumexp(dim=-1)
-        scores, start = [], 0
-        for x, w in zip(chosen, wanted, strict=True):
-            if not w or x is None:
-                scores.append(StepScores(None, None))
+        rows: list[Tensor] = []
+        first: list[int | None] = []
+        end, per_block = 0, iter(states)
+        for search, block in zip(pool.searches, blocks, strict=True):
+            own = None if block is None else next(per_block)
+            if own is None or search.forced_token is not None:
+                first.append(None)
                 continue
-            end = start + x.shape[0]
-            docs = pool.key.num_docs
-            scores.append(
-                StepScores(logits[start:end].view(docs, -1, logits.shape[1]), lse[start:end].view(docs, -1))
-            )
-            start = end
-        return scores
+            rows.append(own)
+            first.append(end)
+            end += own.shape[0]
+        if not rows:
+            return PoolScores(pool.key, pool.searches, None, None, first)
+        logits = self.backbone.logits(torch.cat(rows))
+        return PoolScores(pool.key, pool.searches, logits, top_tokens.logsumexp(logits), first)
 
     def _collect(self, news: Sequence[tuple[SearchPool, list[Tensor]]], outcome: StepOutcome) -> None:
         """Take finished searches out; answer, or go on to scoring the candidates."""

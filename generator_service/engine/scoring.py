@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from generator_service.decoding import marginalize, rag_sequence, targets
+from generator_service.decoding import marginalize, rag_sequence, targets, top_tokens
 from generator_service.engine import trace
 from generator_service.engine.messages import GenerateAnswer, ScoreTarget
 from generator_service.engine.request import Request
@@ -170,7 +170,7 @@ def reduce_target(scoring: TargetScoring, states: Tensor, backbone: Backbone) ->
     """What the host must know of a target; states are the decoder's for the scoring's block."""
     work = scoring.request.work
     assert isinstance(work, ScoreTarget)
-    log_probs = torch.log_softmax(backbone.logits(states), dim=-1)
+    log_probs = torch.log_softmax(backbone.logits(states).float(), dim=-1)
     shaped = log_probs.view(len(scoring.block.contexts), len(work.labels), -1)
     return targets.target_log_probs(
         shaped, scoring.labels, scoring.log_prior, work.strategy, work.pad_token_id
@@ -211,4 +211,4 @@ def edge_log_probs(tree: rag_sequence.PrefixTree, n_docs: int, states: Tensor, b
 def _chunks(states: Tensor, backbone: Backbone) -> Iterator[tuple[int, Tensor, Tensor]]:
     for start in range(0, states.shape[0], _ROWS_A_CHUNK):
         logits = backbone.logits(states[start : start + _ROWS_A_CHUNK])
-        yield start, logits, logits.logsumexp(dim=-1)
+        yield start, logits, top_tokens.logsumexp(logits)

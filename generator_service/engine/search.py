@@ -94,19 +94,21 @@ class Search:
         """As processors."""
         return logits_processors.build_warpers(self.settings, self.log_prior.device)
 
-    def block(self, token_ids: Tensor) -> RowBlock:
-        """The rows of the next step; token_ids int64 [rows] are the newest tokens of its hypotheses."""
-        positions = torch.full_like(token_ids, self.cur_len - 1)
+    def block(self, token_ids: Tensor, positions: Tensor, own: Tensor) -> RowBlock:
+        """The rows of the next step.
+
+        token_ids and positions int64 [rows] are the newest tokens of its hypotheses; own bool [rows, rows] says that a
+        row sees itself.
+        """
         self.cache.append(token_ids, positions)
-        own = torch.eye(len(token_ids), dtype=torch.bool, device=token_ids.device)
         self.ancestry = own if self.ancestry is None else torch.cat([self.ancestry, own], dim=1)
         alone = len(token_ids) == 1
         return RowBlock(token_ids, positions, self.contexts, self.cache, None if alone else self.ancestry)
 
     def follow(self, parents: Tensor) -> None:
-        """Beams have moved: parents int64 [width] names the row that each continues."""
+        """Beams have moved: parents int64 [width] names the row of the step that each continues."""
         if self.ancestry is not None:
-            self.ancestry = self.ancestry[parents.clamp_max(self.ancestry.shape[0] - 1)]
+            self.ancestry = self.ancestry[parents]
 
     def progress(self, token_ids: list[int], token_log_probs: Tensor, *, last: bool = False) -> Progress:
         """Tokens that follow those already streamed; token_log_probs float32 [tokens, docs] on the host."""
@@ -146,6 +148,11 @@ class Search:
         """Whether scores are marginal log-probabilities, even of a single document."""
         work = self.request.work
         return isinstance(work, GenerateAnswer) and work.strategy is Strategy.RAG_TOKEN
+
+    @property
+    def banned_tokens(self) -> tuple[int, ...] | None:
+        """The tokens that may not come next, where the likeliest others simply follow; else None."""
+        return logits_processors.banned_tokens(self.settings, self.cur_len)
 
     @property
     def is_plain(self) -> bool:

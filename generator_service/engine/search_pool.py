@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -11,20 +10,10 @@ from torch import Tensor
 
 from generator_service.decoding import beam, certainty, chains, marginalize, sampling
 from generator_service.engine.messages import Progress
+from generator_service.engine.pool_scores import PoolScores, StepScores
 from generator_service.engine.search import FoundHypothesis, PoolKey, Search
 from generator_service.model.backbone import RowBlock
 from generator_service.transfers import to_device
-
-
-@dataclass(frozen=True)
-class StepScores:
-    """What the decoder said of a search's rows: logits [docs, rows, vocab] and their logsumexp [docs, rows].
-
-    Both None where the next token is forced.
-    """
-
-    logits: Tensor | None
-    lse: Tensor | None
 
 
 class SearchPool:
@@ -49,13 +38,18 @@ class SearchPool:
 
     def blocks(self) -> list[RowBlock | None]:
         """The rows of each search's next step; None where nothing need be computed."""
-        running = self._state.running
+        state = self._state
+        last = (state.cur_len - 1)[:, None].expand(-1, self.key.width)  # [searches, width]
+        newest = state.running.gather(2, last[:, :, None])[:, :, 0]
+        own = torch.eye(self.key.width, dtype=torch.bool, device=newest.device)
         return [
-            None if s.ends_forced else s.block(running[i, : s.rows, s.cur_len - 1].clone())
+            None
+            if s.ends_forced
+            else s.block(newest[i, : s.rows], last[i, : s.rows], own[: s.rows, : s.rows])
             for i, s in enumerate(self.searches)
         ]
 
-    def advance(self, scores: list[StepScores]) -> None:
+    def advance(self, scores: PoolScores) -> None:
         """Take one token in every search."""
         if self.key.beam:
             self._advance_beams(scores)
@@ -135,28 +129,41 @@ class SearchPool:
 
     # --- beams
 
-    def _advance_beams(self, scores: list[StepScores]) -> None:
+    def _advance_beams(self, pool: PoolScores) -> None:
         state = self._beams
         assert state is not None
-        tops = [
-            self._top_tokens(s, sc, state.running[i, : s.rows, : s.cur_len])
-            for i, (s, sc) in enumerate(zip(self.searches, scores, strict=True))
-        ]
-        width = max(t[0].shape[1] for t in tops)
-        top_log_probs = torch.stack([self._widened(t[0], width, float("-inf")) for t in tops])
-        top_ids = torch.stack([self._widened(t[1], width, 0) for t in tops])
+        top_log_probs, top_ids = self._top_tokens_of_all(pool, state)
         best, parents, tokens = beam.select_continuations(
             top_log_probs, top_ids, state.running_scores, self.key.keep
         )
         for i, search in enumerate(self.searches):
-            if search.random is not None and scores[i].logits is not None:
-                best[i], parents[i], tokens[i] = self._drawn(i, scores[i], state)
-        history = torch.stack(
-            [self._token_log_probs(sc, parents[i], tokens[i]) for i, sc in enumerate(scores)]
-        )  # [searches, keep, docs]
+            if search.random is not None and pool.first[i] is not None:
+                best[i], parents[i], tokens[i] = self._drawn(i, pool.of(i), state)
+        history = pool.token_log_probs(parents, tokens)
         self._beams, live_parents = beam.advance(state, best, parents, tokens, history)
-        for search, moved in zip(self.searches, live_parents, strict=True):
+        rows = to_device([[s.rows] for s in self.searches], torch.int64, live_parents.device)
+        for search, moved in zip(self.searches, torch.minimum(live_parents, rows - 1), strict=True):
             search.follow(moved)
+
+    def _top_tokens_of_all(self, pool: PoolScores, state: beam.BeamState) -> tuple[Tensor, Tensor]:
+        """The best continuations of each beam: log-probabilities and token ids, each [searches, beams, k]."""
+        together = pool.best_tokens()
+        apart = {
+            i: self._top_tokens(s, pool.of(i), state.running[i, : s.rows, : s.cur_len])
+            for i, s in enumerate(self.searches)
+            if together is None or i not in together.found
+        }
+        if together is None:
+            width = max(t[0].shape[1] for t in apart.values())
+            tops = list(apart.values())
+            return (
+                torch.stack([self._widened(t[0], width, float("-inf")) for t in tops]),
+                torch.stack([self._widened(t[1], width, 0) for t in tops]),
+            )
+        for i, (log_probs, ids) in apart.items():
+            rows, count = ids.shape
+            together.log_probs[i, :rows, :count], together.ids[i, :rows, :count] = log_probs, ids
+        return together.log_probs, together.ids
 
     def _top_tokens(self, search: Search, scores: StepScores, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The best continuations of each row: log-probabilities and token ids, each [rows, k]."""
@@ -199,25 +206,23 @@ class SearchPool:
             return log_probs[0]
         return marginalize.rag_token_mixture(log_probs, search.log_prior)
 
-    def _token_log_probs(self, scores: StepScores, parents: Tensor, tokens: Tensor) -> Tensor:
-        """log p(token | document, prefix) of chosen continuations [n, docs]; zeros where they are forced."""
-        if scores.logits is None or scores.lse is None:
-            return torch.zeros((tokens.shape[0], self.key.num_docs), device=tokens.device)
-        rows = parents.clamp_max(scores.logits.shape[1] - 1)
-        return (scores.logits[:, rows, tokens] - scores.lse[:, rows]).T
-
     # --- chains
 
-    def _advance_chains(self, scores: list[StepScores]) -> None:
+    def _advance_chains(self, pool: PoolScores) -> None:
         state = self._chains
         assert state is not None
-        tokens, history = [], []
-        rows = torch.arange(self.key.width, device=state.running.device)
-        for i, (search, step) in enumerate(zip(self.searches, scores, strict=True)):
-            chosen = self._next_tokens(search, step, state.running[i, :, : search.cur_len])
-            tokens.append(chosen)
-            history.append(self._token_log_probs(step, rows, chosen))
-        self._chains = chains.advance(state, torch.stack(tokens), torch.stack(history))
+        together = pool.best_tokens()
+        tokens = torch.stack(
+            [
+                together.ids[i, :, 0]
+                # RAG-Sequence's best is that of the raw logits: log-probabilities may round two of them into one
+                if together is not None and i in together.found and s.is_rag_token
+                else self._next_tokens(s, pool.of(i), state.running[i, :, : s.cur_len])
+                for i, s in enumerate(self.searches)
+            ]
+        )
+        rows = torch.arange(self.key.width, device=tokens.device).expand_as(tokens)
+        self._chains = chains.advance(state, tokens, pool.token_log_probs(rows, tokens))
 
     def _next_tokens(self, search: Search, scores: StepScores, input_ids: Tensor) -> Tensor:
         """int64 [chains]."""

@@ -43,11 +43,11 @@ class RowBatch:
 
     def token_ids(self) -> Tensor:
         """int64 [total rows]."""
-        return torch.cat([b.token_ids.repeat(len(b.contexts)) for b in self.blocks])
+        return torch.cat([b.token_ids for b in self.blocks for _ in b.contexts])
 
     def positions(self) -> Tensor:
         """int64 [total rows]."""
-        return torch.cat([b.positions.repeat(len(b.contexts)) for b in self.blocks])
+        return torch.cat([b.positions for b in self.blocks for _ in b.contexts])
 
     def spans(self) -> Iterator[tuple[RowBlock, int, int]]:
         """Each block with its first row and one past its last."""
@@ -61,7 +61,7 @@ class Backbone(Protocol):
     """A seq2seq model cut where RAG decoding needs it cut.
 
     The states that decode returns are opaque to the caller but for their first dimension; logits turns any selection
-    of them into float32 scores over the vocabulary. Rows never influence one another except through ancestry, so a
+    of them into scores over the vocabulary. Rows never influence one another except through ancestry, so a
     block's states do not depend on the blocks beside it (up to float rounding).
     """
 
@@ -82,7 +82,7 @@ class Backbone(Protocol):
         """Run the decoder over rows already appended to their caches; returns states [total rows, …]."""
 
     def logits(self, states: Tensor) -> Tensor:
-        """float32 [rows, vocab_size]."""
+        """[rows, vocab_size] in the weights' dtype: what is made of them is made in float32."""
 
     def context_bytes(self, length: int) -> int:
         """Bytes that a context of this many tokens holds once encoded."""

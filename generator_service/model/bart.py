@@ -128,4 +128,4 @@ class BartBackbone(AttentionBackbone):
 
     def logits(self, states: Tensor) -> Tensor:
         """As Backbone.logits."""
-        return cast(Tensor, self.head(states)).float()
+        return cast(Tensor, self.head(states))

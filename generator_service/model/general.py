@@ -89,7 +89,7 @@ class GeneralBackbone(nn.Module):
                     use_cache=False,
                     output_attentions=scores is not None,
                 )
-            out.append(outputs.logits[rows, lengths - 1].float())
+            out.append(outputs.logits[rows, lengths - 1])
             if scores is not None:
                 for layer in outputs.cross_attentions:  # [rows, heads, positions, context length]
                     scores.add_weights(index, layer[rows, :, lengths - 1].float().mean(1))

@@ -137,4 +137,4 @@ class T5Backbone(AttentionBackbone):
 
     def logits(self, states: Tensor) -> Tensor:
         """As Backbone.logits."""
-        return cast(Tensor, self.head(states * self.output_scale)).float()
+        return cast(Tensor, self.head(states * self.output_scale))

@@ -6,6 +6,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from generator_service.decoding import top_kernels
+from generator_service.decoding.top_tokens import BANNED
 from generator_service.model.paged import attend, kernels
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -40,9 +42,24 @@ def attention(dtype, column, has_bias):
     return compiled(kernels._attend_kernel, types, constants)
 
 
+def top_tokens(dtype):
+    types = {"logits": f"*{dtype}"} | dict.fromkeys(("sums", "lse", "priors", "values"), "*fp32")
+    types |= {"picks": "*i32", "keys": "*i64", "ids": "*i64"}
+    yield "sums", compiled(top_kernels._sum_kernel, types, {"TILE": top_kernels.SUM_TILE})
+    yield "sum of sums", compiled(top_kernels._sum_up_kernel, types, {"TILES": 16})
+    for mixes in (False, True):
+        constants = {"BANNED": BANNED, "KEEP": 8, "TILE": top_kernels.TOP_TILE, "MIXES": mixes}
+        yield "mixture" if mixes else "tokens", compiled(top_kernels._top_kernel, types, constants)
+    yield "merge", compiled(top_kernels._merge_kernel, types, {"KEEP": 8, "KEYS": 512})
+
+
 for dtype, (column, has_bias) in itertools.product(
     ("bf16", "fp16", "fp32"), ((attend.CROSS, False), (attend.SELF, False), (attend.SELF, True))
 ):
     ptx = attention(dtype, column, has_bias).asm["ptx"]
     assert dtype == "fp32" or "mma" in ptx, "half precision goes through the tensor cores"
     print("attention", dtype, column, has_bias)
+
+for dtype in ("bf16", "fp16", "fp32"):
+    for name, _ in top_tokens(dtype):
+        print("best tokens", dtype, name)

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from generator_service.decoding import rag_sequence
+from generator_service.engine.messages import ScoreTarget
 from generator_service.model.backbone import Backbone, RowBatch, RowBlock
 from generator_service.model.bart import BartBackbone
 from generator_service.model.general import GeneralBackbone
 from generator_service.model.loader import as_backbone
 from generator_service.model.t5 import T5Backbone
+from generator_service.types import Compatibility, Strategy
+from tests.parity import engine
 from tests.parity.tiny_models import FIRST_WORD, VOCAB_SIZE, tiny_generator
 
 FAMILIES = ["bart", "bart-scaled", "t5", "t5-gated", "mt5", "pegasus", "marian"]
@@ -70,7 +73,7 @@ def test_logits_are_those_of_transformers(family: str, seed: int) -> None:
     expected = expected_logits(model, contexts, answer)
     with torch.inference_mode():
         for found in (in_one_block(backbone, contexts, answer), step_by_step(backbone, contexts, answer)):
-            torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["bart", "t5", "pegasus"])
@@ -96,16 +99,29 @@ def test_rows_see_their_ancestors_alone(family: str) -> None:
     for answer, path in zip(answers, tree.paths, strict=True):
         expected = expected_logits(model, contexts, torch.tensor(answer))[:, :-1]
         found = logits[:, tree.edge_rows[path]]
-        torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
 def test_half_precision_scores_are_float32(family: str) -> None:
-    """transformers takes log_softmax in half precision; here logits are float32 before it."""
+    """transformers takes log_softmax in half precision; here it is taken in float32, of half precision's logits."""
     backbone = as_backbone(tiny_generator(family, 0).to(torch.bfloat16))
     with torch.inference_mode():
-        logits = in_one_block(backbone, [torch.tensor([5, 6, 7])], torch.tensor([2, 8]))
-    assert logits.dtype is torch.float32
+        logits = in_one_block(backbone, [torch.tensor([5, 6, 7])], torch.tensor([2, 8]))[0, 0]
+    assert logits.dtype is torch.bfloat16
+    target = ScoreTarget(
+        request_id=engine.new_id(),
+        strategy=Strategy.RAG_TOKEN,
+        compatibility=Compatibility.MASKED,
+        contexts=[[5, 6, 7]],
+        doc_scores=[0.0],
+        labels=[2, 8],
+        pad_token_id=1,
+        exclude_first=False,
+    )
+    (score,) = engine.score(backbone, [target])
+    assert score.log_likelihood == pytest.approx(float(logits.float().log_softmax(-1)[8]), abs=1e-6)
+    assert score.log_likelihood != pytest.approx(float(logits.log_softmax(-1)[8]), abs=1e-4)
     assert backbone.new_cache(1).keys.dtype is torch.bfloat16
 
 

@@ -99,4 +99,4 @@ def test_kernels_compile_for_an_h100() -> None:
         [sys.executable, program], check=False, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == 9 + 15

@@ -1,0 +1,85 @@
+"""The best next tokens of many rows at once: normalised, mixed over documents, without what may not follow."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from generator_service.transfers import to_device
+
+BANNED = 4
+"""Columns of Picks before the banned tokens."""
+MAX_BANNED = 16
+"""Banned tokens of a row; more are the processors' work."""
+MAX_KEYS = 8192
+"""Candidates that the kernels can put together for a row."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A row whose best tokens are wanted, under all documents of its search.
+
+    first: its row of the logits under the first document, step: rows to that under the next; search: its row of the
+    priors; out: where its tokens go; banned: tokens that may not follow.
+    """
+
+    first: int
+    step: int
+    search: int
+    out: int
+    banned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Picks as the kernels take them: int32 [picks, BANNED + most banned], -1 where there are fewer."""
+
+    table: Tensor
+
+    @classmethod
+    def of(cls, picks: Sequence[Pick], device: torch.device) -> Picks:
+        """On the device, without waiting for it."""
+        most = max(len(p.banned) for p in picks)
+        rows = [[p.first, p.step, p.search, p.out, *p.banned, *[-1] * (most - len(p.banned))] for p in picks]
+        return cls(to_device(rows, torch.int32, device))
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run there."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def fits(logits: Tensor, keep: int) -> bool:
+    """Whether best_tokens is there for these logits."""
+    if not has_kernels(logits.device):
+        return False
+    from generator_service.decoding.top_kernels import TOP_TILE  # noqa: PLC0415  (Triton is there on CUDA only)
+
+    return -(-logits.shape[1] // TOP_TILE) * keep <= MAX_KEYS
+
+
+def logsumexp(logits: Tensor) -> Tensor:
+    """Over the vocabulary, in float32: logits [rows, vocab] of any dtype -> [rows]."""
+    if not has_kernels(logits.device):
+        return logits.float().logsumexp(dim=-1)
+    from generator_service.decoding import top_kernels  # noqa: PLC0415
+
+    return top_kernels.logsumexp(logits)
+
+
+def best_tokens(
+    logits: Tensor, lse: Tensor, priors: Tensor | None, picks: Picks, keep: int, num_out: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and token ids, each [num_out, keep], best first; of equal ones the lowest token.
+
+    logits [rows, vocab] of any dtype and lse float32 [rows], their logsumexp; priors float32 [searches, docs], or None
+    where a row has one document. keep is at most the vocabulary, and fits() has said yes. Rows of the output that no
+    pick names are minus infinity.
+    """
+    from generator_service.decoding import top_kernels  # noqa: PLC0415
+
+    return top_kernels.best_tokens(logits, lse, priors, picks, keep, num_out)
