@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.micro.workload import Questions
-from generator_service.decoding import logits_processors, rag_sequence
+from generator_service.decoding import logits_processors, rag_sequence, top_tokens
 from generator_service.engine.model_runner import ModelRunner
 from generator_service.engine.request import Request
 from generator_service.engine.search import Search
@@ -183,4 +183,9 @@ IDEAS = (
         devices=("cpu",),
     ),
     Idea("CUDA graphs", devices=("cuda",), graphs=False),
+    Idea(
+        "best tokens in kernels over all questions",
+        off=lambda: patch.object(top_tokens, "has_kernels", lambda _device: False),
+        devices=("cuda",),
+    ),
 )
