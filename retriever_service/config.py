@@ -1,12 +1,21 @@
 """The retriever's settings: flags, RAG_RETRIEVER_… in the environment, or a file."""
 
+import enum
 from pathlib import Path
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 
 from rag_serving.config import ServiceSettings
 
 ENV_PREFIX = "RAG_RETRIEVER_"
+_MILVUS_CHANGE_DOCUMENTS = 4000  # their rows are one entity of the log, of 65535 bytes
+
+
+class Backend(enum.StrEnum):
+    """Where documents and vectors are."""
+
+    LOCAL = "local"
+    MILVUS = "milvus"
 
 
 class RetrieverSettings(ServiceSettings):
@@ -16,9 +25,36 @@ class RetrieverSettings(ServiceSettings):
     http_port: int = Field(
         8051, ge=0, le=65535, description="HTTP port of /livez, /readyz and /metrics; 0 takes a free one"
     )
-    index_folder: Path = Field(
-        description="index folder that `rag-index build` wrote, or one generation in it"
+    backend: Backend = Field(
+        Backend.LOCAL, description="where documents and vectors are: local, the index folder, or milvus"
     )
+    index_folder: Path | None = Field(
+        None,
+        description="index folder that `rag-index build` wrote, or one generation in it; needed unless the"
+        " backend is milvus",
+    )
+    milvus_uri: str = Field(
+        "http://127.0.0.1:19530", pattern="^https?://", description="where Milvus is, http:// or https://"
+    )
+    milvus_token: SecretStr = Field(
+        SecretStr(""), description="user:password or API key of Milvus; better set in the environment"
+    )
+    milvus_database: str = Field("", description="database of Milvus; none takes its default")
+    milvus_collection: str = Field(
+        "rag",
+        pattern="^[A-Za-z_][A-Za-z0-9_]{0,199}$",
+        description="name of the corpus in Milvus, the alias of the collection that serves",
+    )
+    milvus_timeout_s: float = Field(
+        10.0, gt=0, le=600, description="seconds that one call to Milvus may take"
+    )
+    milvus_lease_s: float = Field(
+        10.0,
+        gt=0,
+        le=600,
+        description="seconds after which another retriever may write where the one that did has died",
+    )
+
     generator_checkpoint: str = Field(
         min_length=1,
         description="RAG checkpoint, or tokenizer, folder or hub name: whose tokenizer encodes the contexts",
@@ -84,7 +120,9 @@ class RetrieverSettings(ServiceSettings):
         100_000, ge=1, description="request_ids of changes that are remembered, the newest"
     )
     activation_root: Path | None = Field(
-        None, description="ActivateIndex takes folders below this one; none takes index_folder's parent"
+        None,
+        description="ActivateIndex takes folders below this one; none takes index_folder's parent, where there"
+        " is an index_folder",
     )
     follow_interval_s: float = Field(
         1.0,
@@ -120,4 +158,15 @@ class RetrieverSettings(ServiceSettings):
     def _defaults_fit_limits(self) -> "RetrieverSettings":
         if self.default_n_docs is not None and self.default_n_docs > self.max_n_docs:
             raise ValueError(f"default_n_docs {self.default_n_docs} is above max_n_docs {self.max_n_docs}")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_backend(self) -> "RetrieverSettings":
+        if self.backend is Backend.LOCAL and self.index_folder is None:
+            raise ValueError("index_folder is required with the backend local")
+        if self.backend is Backend.MILVUS and self.max_change_documents > _MILVUS_CHANGE_DOCUMENTS:
+            raise ValueError(
+                f"max_change_documents {self.max_change_documents} is above {_MILVUS_CHANGE_DOCUMENTS}, the most"
+                " with the backend milvus"
+            )
         return self

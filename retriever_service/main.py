@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +18,8 @@ from rag_serving.metrics import Metrics
 from rag_serving.process import run_service, serve_until_stopped
 from rag_serving.server import GrpcServer
 from rag_serving.sideport import SidePort
-from retriever_service.config import ENV_PREFIX, RetrieverSettings
+from retriever_service.backends import activation_root, open_backend
+from retriever_service.config import ENV_PREFIX, Backend, RetrieverSettings
 from retriever_service.context.assembler import ContextAssembler
 from retriever_service.context.tokenizer import (
     ContextDefaults,
@@ -28,12 +28,10 @@ from retriever_service.context.tokenizer import (
     load_context_tokenizer,
     load_question_tokenizer,
 )
-from retriever_service.corpus.active import read_active
-from retriever_service.corpus.base import Generation
-from retriever_service.corpus.local import LocalCorpus
+from retriever_service.corpus.base import Corpus, CorpusLibrary, Generation
 from retriever_service.corpus_wire import ChangeLimits
 from retriever_service.generations import Generations
-from retriever_service.index.faiss_index import FaissIndex, set_num_threads
+from retriever_service.index.faiss_index import set_num_threads
 from retriever_service.index.manifest import Embedding, Manifest
 from retriever_service.maintenance import Encoder, Maintenance
 from retriever_service.metrics import RetrieverMetrics
@@ -45,13 +43,15 @@ logger = logging.getLogger(__name__)
 
 PROGRAM = "rag-retriever"
 _WARMUP = "warmup"
+_CORPUS = "corpus"
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """Everything that is read before the ports open."""
 
-    corpus: LocalCorpus
+    library: CorpusLibrary
+    corpus: Corpus
     assembler: ContextAssembler
     question_tokenizer: QuestionTokenizer | None
     limits: RequestLimits
@@ -62,6 +62,7 @@ class Loaded:
 class Serving:
     """What serves inside the running event loop."""
 
+    library: CorpusLibrary
     generations: Generations
     maintenance: Maintenance
     servicer: RetrieverServicer
@@ -70,6 +71,7 @@ class Serving:
         """Stops operations and changes, then the generations, and closes their corpora."""
         await self.maintenance.close()
         await self.generations.close()
+        await asyncio.to_thread(self.library.close)
 
 
 def main() -> None:
@@ -108,7 +110,14 @@ async def serve(settings: RetrieverSettings, started: Callable[[int, int], None]
         if started is not None:
             started(server.port, side_port.port)
 
-    following = asyncio.create_task(serving.maintenance.follow(settings.follow_interval_s), name="follow")
+    def reached(reason: str | None) -> None:
+        if reason is None:
+            readiness.set_met(_CORPUS)
+        else:
+            readiness.set_unmet(_CORPUS, reason)
+
+    follow = serving.maintenance.follow(settings.follow_interval_s, reached)
+    following = asyncio.create_task(follow, name="follow")
     try:
         await serve_until_stopped(server, side_port, warm_up=warm_up)
     finally:
@@ -119,8 +128,7 @@ async def serve(settings: RetrieverSettings, started: Callable[[int, int], None]
 
 def load(settings: RetrieverSettings) -> Loaded:
     """Reads index, documents and tokenizers. Raises a RagError that says what is missing or damaged."""
-    folder, offset = read_active(settings.index_folder)
-    corpus = open_corpus(settings, folder, offset)
+    library, corpus = open_backend(settings)
     try:
         manifest = corpus.generation.manifest
         defaults = load_context_defaults(settings.generator_checkpoint)
@@ -133,21 +141,9 @@ def load(settings: RetrieverSettings) -> Loaded:
         encoder = _encoder(settings.embedding_model, settings.embedding_device, manifest.embedding)
     except BaseException:
         corpus.close()
+        library.close()
         raise
-    return Loaded(corpus, assembler, question_tokenizer, limits, encoder)
-
-
-def open_corpus(settings: RetrieverSettings, folder: Path, number_offset: int) -> LocalCorpus:
-    """Opens an index folder as the settings say. Raises MissingIndexError, DamagedIndexError, DiskFullError."""
-    return LocalCorpus(
-        folder,
-        load_index=functools.partial(FaissIndex.load, memory_map=settings.memory_map),
-        verify=settings.verify,
-        number_offset=number_offset,
-        generations_kept=settings.generations_kept,
-        requests_kept=settings.request_ids_kept,
-        take_changes=not settings.read_only,
-    )
+    return Loaded(library, corpus, assembler, question_tokenizer, limits, encoder)
 
 
 def make_serving(loaded: Loaded, settings: RetrieverSettings, metrics: RetrieverMetrics) -> Serving:
@@ -157,20 +153,17 @@ def make_serving(loaded: Loaded, settings: RetrieverSettings, metrics: Retriever
         return _retriever(generation, loaded, settings, metrics)
 
     generations = Generations(loaded.corpus, make_retriever, metrics, kept=settings.generations_kept)
-    home = settings.index_folder
     maintenance = Maintenance(
         generations,
-        functools.partial(open_corpus, settings),
+        loaded.library,
         functools.partial(warm_up_retriever, loaded.limits),
-        home=home,
-        activation_root=settings.activation_root or home.absolute().parent,
+        activation_root=activation_root(settings),
         encoder=loaded.encoder,
         compact_after=settings.compact_after,
-        activation_refused=loaded.corpus.read_only_reason,
     )
     change_limits = ChangeLimits(settings.max_change_documents, settings.max_text_bytes)
     servicer = RetrieverServicer(generations, maintenance, loaded.assembler, loaded.limits, change_limits)
-    return Serving(generations, maintenance, servicer)
+    return Serving(loaded.library, generations, maintenance, servicer)
 
 
 def _retriever(
@@ -194,7 +187,8 @@ def _retriever(
             max_queued_questions=settings.max_queued_questions,
             assembly_threads=settings.assembly_threads,
             max_exact_rows=settings.max_exact_rows,
-            recall_sample_rate=settings.recall_sample_rate,
+            # To search all of a cluster's vectors from here would take them through the network.
+            recall_sample_rate=settings.recall_sample_rate if settings.backend is Backend.LOCAL else 0.0,
         ),
         search_executor=search_executor,
     )

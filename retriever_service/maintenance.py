@@ -7,21 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from rag_serving.errors import FailedPreconditionError, InvalidArgumentError, RagError
-from retriever_service.corpus.active import write_active
-from retriever_service.corpus.base import Corpus, Delete, Deleted, Generation, Page, Upsert, Upserted
-from retriever_service.corpus.local import LocalCorpus
-from retriever_service.errors import (
-    BuildError,
-    DiskFullError,
-    MissingIndexError,
-    NoPassageEncoderError,
-    ReadOnlyError,
-    is_full,
-)
+from rag_serving.errors import InvalidArgumentError, RagError, UnavailableError
+from retriever_service.corpus.base import Corpus, CorpusLibrary, Delete, Deleted, Page, Upsert, Upserted
+from retriever_service.errors import BuildError, NoPassageEncoderError, ReadOnlyError
 from retriever_service.generations import Generations, Served
 from retriever_service.index.manifest import Embedding, Manifest
-from retriever_service.index.snapshot import Snapshot
 from retriever_service.operations import Operation, Operations
 from retriever_service.retriever import Retriever
 from retriever_service.types import Float32Array
@@ -50,28 +40,23 @@ class Maintenance:
     def __init__(
         self,
         generations: Generations,
-        open_corpus: Callable[[Path, int], LocalCorpus],
+        library: CorpusLibrary,
         warm_up: Callable[[Retriever], Awaitable[None]],
         *,
-        home: Path,
-        activation_root: Path,
+        activation_root: Path | None,
         encoder: Encoder | None = None,
         compact_after: int = 0,
-        activation_refused: str | None = None,
     ) -> None:
-        """`open_corpus` takes a folder and the offset of its generations' numbers.
+        """Only folders of `library` below `activation_root` can be activated, and none without one.
 
-        `home` remembers what is active, and only folders below `activation_root` can be; `activation_refused`
-        says why none can. `compact_after` pending changes begin a compaction by themselves; 0 never.
+        `compact_after` pending changes begin a compaction by themselves; 0 never.
         """
         self._generations = generations
-        self._open_corpus = open_corpus
+        self._library = library
         self._warm_up = warm_up
-        self._home = home
         self._activation_root = activation_root
         self._encoder = encoder
         self._compact_after = compact_after
-        self._activation_refused = activation_refused
         self._changing = asyncio.Lock()
         self._changes = ThreadPoolExecutor(1, "changes")
         self._encoding = ThreadPoolExecutor(1, "encode")
@@ -126,8 +111,10 @@ class Maintenance:
         Raises InvalidArgumentError for a folder outside of the activation root, ReadOnlyError or
         OperationRunningError.
         """
-        if self._activation_refused is not None:
-            raise ReadOnlyError(f"no activation here: {self._activation_refused}")
+        if self._library.refused is not None:
+            raise ReadOnlyError(f"no activation here: {self._library.refused}")
+        if self._activation_root is None:
+            raise ReadOnlyError("no activation here: this retriever was started without --activation-root")
         root = self._activation_root.resolve()
         path = (root / folder).resolve()
         if not folder or "\0" in folder or not path.is_relative_to(root):
@@ -152,18 +139,23 @@ class Maintenance:
         except RagError as error:
             logger.debug("no compaction now: %s", error.message)
 
-    async def follow(self, interval_s: float) -> None:
-        """Shows searches, again and again, what another process writes to a corpus that is read-only here."""
+    async def follow(self, interval_s: float, reached: Callable[[str | None], None]) -> None:
+        """Shows searches, again and again, what another process writes to a corpus that is read-only here.
+
+        `reached` hears each time why a corpus cannot be reached, None where all can.
+        """
         while True:
             await asyncio.sleep(interval_s)
+            reason: str | None = None
             for corpus in self._generations.corpora:
-                if not isinstance(corpus, LocalCorpus) or corpus.read_only_reason is None:
-                    continue
                 try:
                     if await asyncio.to_thread(corpus.follow):
                         self._generations.show()
+                except UnavailableError as error:
+                    reason = error.message
                 except RagError as error:
                     logger.warning("cannot read the changes: %s", error.message)
+            reached(reason)
 
     async def close(self) -> None:
         """Stops what runs; changes that have begun are finished."""
@@ -202,8 +194,15 @@ class Maintenance:
     async def _activate(
         self, path: Path, check: Callable[[Manifest], None], operation: Operation[Served]
     ) -> Served:
-        operation.progress("load", 0, 1)
-        corpus, generation = await asyncio.to_thread(self._open, path)
+        check(await asyncio.to_thread(self._library.manifest, path))
+        corpus, generation = await asyncio.to_thread(
+            self._library.open,
+            path,
+            self._generations.current.generation.number + 1,
+            self._generations.corpora,
+            operation.progress,
+            operation.cancelled,
+        )
         served = self._generations.prepare(corpus, generation)
         try:
             operation.check()
@@ -211,37 +210,19 @@ class Maintenance:
         except BaseException:
             self._generations.abandon(served)
             raise
-        await self._switch(served, operation, path)
+        await self._switch(served, operation, remember=True)
         return served
 
-    def _open(self, path: Path) -> tuple[LocalCorpus, Generation]:
-        number = self._generations.current.generation.number + 1
-        for corpus in self._generations.corpora:
-            if isinstance(corpus, LocalCorpus) and corpus.folder.resolve() == path and corpus.is_newest():
-                return corpus, corpus.renumber(number)
-        try:
-            corpus = self._open_corpus(path, number - Snapshot.open(path).manifest.generation)
-        except MissingIndexError as error:
-            raise FailedPreconditionError(error.message, reason=error.reason) from error
-        return corpus, corpus.generation
-
-    async def _switch(self, served: Served, operation: Operation[Served], path: Path | None = None) -> None:
+    async def _switch(self, served: Served, operation: Operation[Served], *, remember: bool = False) -> None:
         """Warms up, then, between two changes, remembers what is active and switches to it."""
         try:
             operation.progress("warm up", 0, 1)
             await self._warm_up(served.retriever)
             async with self._changing:
-                if path is not None:
+                if remember:
                     operation.check()
-                    number = served.generation.number
-                    offset = number - served.generation.manifest.generation
-                    await asyncio.to_thread(write_active, self._home, path, offset)
+                    await asyncio.to_thread(self._library.remember, served.corpus, served.generation)
                 self._generations.switch(served)
-        except OSError as error:
-            self._generations.abandon(served)
-            if is_full(error):
-                raise DiskFullError(f"{self._home}: {error}", retry_after_s=5.0) from error
-            raise ReadOnlyError(f"{self._home} cannot be written to: {error}") from error
         except BaseException:
             self._generations.abandon(served)
             raise

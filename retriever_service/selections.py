@@ -43,8 +43,7 @@ class Selections:
     async def _evaluate(self, key: str, condition: Filter) -> Selection:
         try:
             loop = asyncio.get_running_loop()
-            rows = await loop.run_in_executor(self._executor, self._store.rows_where, condition)
-            selection = Selection(rows)
+            selection = await loop.run_in_executor(self._executor, self._store.select, condition)
             self._keep(key, selection)
             return selection
         finally:

@@ -105,6 +105,8 @@ class Corpus(ABC):
       is found again.
     - A change whose request_id is remembered is answered with the first answer, and done once.
       RequestIdReusedError where its digest differs.
+    - After UnavailableError, which only a corpus that lies elsewhere raises, a change may have been made or not;
+      sent again under its request_id it is made once.
     - A compaction changes no answer but for the approximations of the index; changes go on meanwhile.
     """
 
@@ -156,9 +158,54 @@ class Corpus(ABC):
         """
 
     @abstractmethod
+    def follow(self) -> bool:
+        """Shows searches what another process has written; returns whether there was anything.
+
+        Called again and again. Raises UnavailableError where the corpus cannot be reached.
+        """
+
+    @abstractmethod
     def release(self, generation: Generation) -> None:
         """Lets go of a generation that no search uses any more."""
 
     @abstractmethod
     def close(self) -> None:
         """Closes everything; nothing may be called afterwards."""
+
+
+class CorpusLibrary(ABC):
+    """What can be activated, and what is active: index folders become corpora. Methods block."""
+
+    @property
+    @abstractmethod
+    def refused(self) -> str | None:
+        """Why nothing can be activated; None where it can."""
+
+    @abstractmethod
+    def manifest(self, folder: Path) -> Manifest:
+        """Reads what a folder holds, before it is opened. Raises FailedPreconditionError, DamagedIndexError."""
+
+    @abstractmethod
+    def open(
+        self,
+        folder: Path,
+        number: int,
+        serving: Sequence[Corpus],
+        progress: Progress,
+        cancelled: threading.Event,
+    ) -> tuple[Corpus, Generation]:
+        """Opens a folder's corpus and gives its generation that number; one of those that serve is taken as it is.
+
+        Raises as `manifest` and `Corpus.compact` do.
+        """
+
+    @abstractmethod
+    def remember(self, corpus: Corpus, generation: Generation) -> None:
+        """Writes down, durably and at once, that this is active, so that a restart finds it.
+
+        Raises ReadOnlyError, UnavailableError.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closes what the corpora share; they are closed by then."""

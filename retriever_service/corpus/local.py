@@ -169,7 +169,9 @@ class LocalCorpus(Corpus):
         return self._generation
 
     def follow(self) -> bool:
-        """Shows searches what another process has written since; returns whether there was anything."""
+        """Shows searches what another process has written since: see Corpus."""
+        if self._writer is not None:
+            return False
         with self._lock:
             changes = self._store.changes_after(self._store.shown)
             if not changes:

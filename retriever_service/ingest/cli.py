@@ -5,6 +5,7 @@ import enum
 import json
 import sqlite3
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,8 @@ from retriever_service.ingest.reader import CorpusFormat, CorpusReader
 from retriever_service.ingest.records import MAX_TEXT_BYTES
 from retriever_service.ingest.repair import repair_index
 from retriever_service.ingest.verify import verify_index
+from retriever_service.milvus.connection import MilvusAddress
+from retriever_service.milvus.library import MilvusLibrary
 from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import Metric
 
@@ -35,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _console = Console(stderr=True)
+_LEASE_S = 10.0  # the retriever's default
 
 
 class Engine(enum.StrEnum):
@@ -194,6 +198,33 @@ def repair(
         )
     done = "built anew" if is_new else "was whole: nothing to repair"
     _console.print(f"{snapshot.folder}: {done}, {snapshot.manifest.ntotal} documents")
+
+
+@app.command()
+def milvus_import(
+    folder: Folder,
+    milvus_uri: Annotated[str, typer.Option(help="where Milvus is")] = "http://127.0.0.1:19530",
+    milvus_collection: Annotated[str, typer.Option(help="name of the corpus in Milvus")] = "rag",
+    milvus_database: Annotated[str, typer.Option(help="database of Milvus; default: its own")] = "",
+    milvus_token_file: Annotated[
+        Path | None, typer.Option(help="file that holds user:password or the API key")
+    ] = None,
+) -> None:
+    """Copies an index folder, changes included, into Milvus, for `rag-retriever --backend milvus` to serve.
+
+    While a retriever writes there, it is refused: ask that one to activate the folder.
+    """
+    token = "" if milvus_token_file is None else milvus_token_file.read_text(encoding="utf-8").strip()
+    library = MilvusLibrary(
+        MilvusAddress(milvus_uri, token, milvus_database), milvus_collection, lease_s=_LEASE_S
+    )
+    with contextlib.closing(library), shown_progress(_console) as progress:
+        corpus, generation = library.open(folder, library.next_number(), [], progress, threading.Event())
+        with contextlib.closing(corpus):
+            library.remember(corpus, generation)
+    _console.print(
+        f"{milvus_collection}: generation {generation.number}, {generation.index.ntotal} documents"
+    )
 
 
 @app.command()

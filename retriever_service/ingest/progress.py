@@ -25,6 +25,7 @@ _STAGES = {
     "train": "training",
     "index": "indexing",
     "publish": "writing",
+    "import": "importing",
 }
 _SECONDS_PER_LINE = 10.0
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from retriever_service.filters import Filter
-from retriever_service.types import Document, Float32Array, Int64Array
+from retriever_service.types import Document, Float32Array, Int64Array, Selection
 
 
 class DocumentStore(ABC):
@@ -51,6 +51,10 @@ class DocumentStore(ABC):
     @abstractmethod
     def rows_where(self, condition: Filter) -> Int64Array:
         """Returns the rows int64, ascending, of the documents whose metadata meet the condition."""
+
+    def select(self, condition: Filter) -> Selection:
+        """Returns what tells a search to find only documents whose metadata meet the condition."""
+        return Selection(self.rows_where(condition))
 
     @abstractmethod
     def close(self) -> None:

@@ -30,7 +30,7 @@ def settings_of(service: str) -> dict[str, str]:
     return data
 
 
-def loaded_settings(service: str) -> Any:
+def loaded_settings(service: str, environ: dict[str, str] | None = None) -> Any:
     from rag_serving.config import load_settings
 
     cls: Any
@@ -44,7 +44,7 @@ def loaded_settings(service: str) -> Any:
 
         prefix, cls = GENERATOR_PREFIX, GeneratorSettings
     assert prefix == f"RAG_{service.upper()}_"
-    return load_settings(cls, env_prefix=prefix, argv=[], environ=settings_of(service))
+    return load_settings(cls, env_prefix=prefix, argv=[], environ=environ or settings_of(service))
 
 
 @pytest.mark.parametrize("version", ["1.30", "1.32", "1.34"])
@@ -205,3 +205,28 @@ def test_base_has_no_file_that_kustomize_does_not_read() -> None:
     read = {*kustomization["resources"], "kustomization.yaml"}
     read |= {name for one in kustomization["configMapGenerator"] for name in one["envs"]}
     assert {path.name for path in BASE.iterdir()} == read
+
+
+def test_milvus_overlay_keeps_nothing_on_disk_and_its_settings_are_the_retrievers() -> None:
+    from retriever_service.config import Backend
+
+    command = [tool("kubectl"), "kustomize", str(BASE.parent / "milvus")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    manifests = [one for one in yaml.safe_load_all(done.stdout) if one]
+    (retriever,) = [one for one in manifests if one["kind"] == "StatefulSet"]
+    pod = retriever["spec"]["template"]["spec"]
+    assert not retriever["spec"]["volumeClaimTemplates"]
+    assert not pod["initContainers"]
+    (served,) = pod["containers"]
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in served["volumeMounts"]} <= volumes
+    (settings,) = [
+        one["data"]
+        for one in manifests
+        if one["kind"] == "ConfigMap"
+        and one["metadata"]["name"] == served["envFrom"][0]["configMapRef"]["name"]
+    ]
+    loaded = loaded_settings("retriever", settings)
+    assert loaded.backend is Backend.MILVUS
+    assert settings["RAG_RETRIEVER_MILVUS_URI"] == loaded.milvus_uri
+    assert str(loaded.activation_root) in {mount["mountPath"] for mount in served["volumeMounts"]}

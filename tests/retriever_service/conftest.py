@@ -1,8 +1,9 @@
 """An index built once, and a retriever served over a loopback port."""
 
 import contextlib
+import hashlib
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,17 @@ from rag_serving.health import Readiness
 from rag_serving.metrics import Metrics
 from rag_serving.server import GrpcServer
 from retriever_service.config import RetrieverSettings
+from retriever_service.context.assembler import ContextAssembler
+from retriever_service.context.tokenizer import ContextTokenizer
+from retriever_service.corpus.base import Corpus
+from retriever_service.corpus.local import LocalCorpus
 from retriever_service.index.snapshot import Snapshot
 from retriever_service.ingest.build import BuildOptions, build_index
 from retriever_service.ingest.reader import CorpusReader
 from retriever_service.main import load, make_serving
 from retriever_service.metrics import RetrieverMetrics
+from retriever_service.retriever import Retriever, RetrieverLimits
+from tests.retriever_service.milvus_server import LEASE_S, MilvusServer, import_folder, library
 from tests.retriever_service.tiny_models import (
     bpe_tokenizer,
     make_documents,
@@ -78,19 +85,111 @@ def build_corpus() -> Callable[..., Snapshot]:
     return build
 
 
+@pytest.fixture(scope="session")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+    """Milvus' server, the same for all tests."""
+    server = MilvusServer(tmp_path_factory.mktemp("milvus"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["local", "milvus"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def imported(milvus: MilvusServer) -> Callable[[Path], str]:
+    """Returns the name in Milvus of the corpus that an index folder was made, once."""
+    names: dict[Path, str] = {}
+
+    def name_of(folder: Path) -> str:
+        if folder not in names:
+            names[folder] = f"t{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+            import_folder(milvus.uri, names[folder], folder)
+        return names[folder]
+
+    return name_of
+
+
 @pytest.fixture
-def serve_retriever(
-    index_folder: Path, checkpoint: Path
-) -> Callable[..., contextlib.AbstractAsyncContextManager[Any]]:
-    """Returns a context manager that serves a retriever and gives it with a channel and its metrics."""
+def opened(request: pytest.FixtureRequest, backend: str) -> Callable[..., Any]:
+    """Returns a context manager that opens the corpus of an index folder, in the backend of the test."""
+
+    @contextlib.contextmanager
+    def open_corpus(folder: Path, **options: Any) -> Iterator[Corpus]:
+        with contextlib.ExitStack() as stack:
+            if backend == "local":
+                corpus: Corpus = LocalCorpus(folder, **options)
+            else:
+                name = request.getfixturevalue("imported")(folder)
+                uri = request.getfixturevalue("milvus").uri
+                corpus = stack.enter_context(library(uri, name, **options)).active()
+            stack.callback(corpus.close)
+            yield corpus
+
+    return open_corpus
+
+
+@pytest.fixture
+def retrieving(opened: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a context manager that makes a retriever of a snapshot."""
 
     @contextlib.asynccontextmanager
-    async def serve(**overrides: Any) -> AsyncIterator[Any]:
+    async def retrieve(snapshot: Snapshot, **limits: Any) -> AsyncIterator[Retriever]:
+        assembler = ContextAssembler(
+            ContextTokenizer(bpe_tokenizer()), title_sep=" / ", doc_sep=" // ", prefix=""
+        )
+        with opened(snapshot.root) as corpus:
+            retriever = Retriever(
+                corpus.generation.index,
+                corpus.generation.store,
+                assembler,
+                RetrieverMetrics(Metrics("retriever")),
+                generation=corpus.generation.number,
+                limits=RetrieverLimits(**limits),
+            )
+            try:
+                yield retriever
+            finally:
+                await retriever.close()
+
+    return retrieve
+
+
+@pytest.fixture
+def backend_settings(request: pytest.FixtureRequest, backend: str) -> Callable[[Path], dict[str, Any]]:
+    """Returns the settings that serve an index folder's documents from the backend of the test."""
+
+    def settings(folder: Path) -> dict[str, Any]:
+        if backend == "local":
+            return {"index_folder": folder}
+        return {
+            "backend": "milvus",
+            "milvus_uri": request.getfixturevalue("milvus").uri,
+            "milvus_collection": request.getfixturevalue("imported")(folder),
+            "milvus_lease_s": LEASE_S,
+            "activation_root": folder.parent,
+        }
+
+    return settings
+
+
+@pytest.fixture
+def serve_retriever(
+    index_folder: Path, checkpoint: Path, backend_settings: Callable[[Path], dict[str, Any]]
+) -> Callable[..., contextlib.AbstractAsyncContextManager[Any]]:
+    """Returns a context manager that serves a retriever and gives it with a channel and its metrics."""
+    default_folder = index_folder
+
+    @contextlib.asynccontextmanager
+    async def serve(index_folder: Path = default_folder, **overrides: Any) -> AsyncIterator[Any]:
         from rag.retriever.v1 import retriever_service_pb2_grpc
         from retriever_service.servicer import SERVICE_NAME
 
         given = {
-            "index_folder": index_folder,
+            **backend_settings(index_folder),
             "generator_checkpoint": str(checkpoint),
             "grpc_port": 0,
             "search_threads": 1,

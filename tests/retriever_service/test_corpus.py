@@ -5,7 +5,7 @@ import errno
 import shutil
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ import pytest
 
 from rag_serving.errors import AbortedError, CancelledByCallerError
 from rag_serving.metrics import Metrics
-from retriever_service.corpus.base import Delete, NewDocument, Upsert
-from retriever_service.corpus.local import LocalCorpus
+from retriever_service.corpus.base import Corpus, Delete, NewDocument, Upsert
 from retriever_service.errors import (
     CompactionError,
     DamagedIndexError,
@@ -36,6 +35,7 @@ DIM = 16
 KNOBS = SearchParameters()
 DOCUMENTS = make_documents(60, DIM)
 Build = Callable[..., Any]
+Opened = Callable[..., contextlib.AbstractContextManager[Any]]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def vector(seed: int) -> Any:
     return np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
 
 
-def upsert(corpus: LocalCorpus, *keys: str, seed: int = 0, request_id: str = "", **fields: Any) -> Any:
+def upsert(corpus: Corpus, *keys: str, seed: int = 0, request_id: str = "", **fields: Any) -> Any:
     etags = fields.pop("etags", [""] * len(keys))
     documents = [
         NewDocument(key, "", f"text of {key}, {seed}", '{"new": true}', etag)
@@ -67,20 +67,18 @@ def upsert(corpus: LocalCorpus, *keys: str, seed: int = 0, request_id: str = "",
     )
 
 
-def delete(corpus: LocalCorpus, *keys: str, request_id: str = "") -> Any:
+def delete(corpus: Corpus, *keys: str, request_id: str = "") -> Any:
     return corpus.delete(Delete(request_id, "d", [(key, "") for key in keys]))
 
 
-def found(
-    corpus: LocalCorpus, question: Any, n_docs: int = 3, selection: Selection | None = None
-) -> list[str]:
+def found(corpus: Corpus, question: Any, n_docs: int = 3, selection: Selection | None = None) -> list[str]:
     generation = corpus.generation
     rows, _ = generation.index.search(question[None], n_docs, KNOBS, selection)
     documents = generation.store.documents_by_row([row for row in rows[0].tolist() if row >= 0])
     return [documents[row].key for row in rows[0].tolist() if row in documents]
 
 
-def keys_of(corpus: LocalCorpus) -> list[str]:
+def keys_of(corpus: Corpus) -> list[str]:
     keys: list[str] = []
     while True:
         page = corpus.page(keys[-1] if keys else None, 7)
@@ -89,16 +87,7 @@ def keys_of(corpus: LocalCorpus) -> list[str]:
             return keys
 
 
-@contextlib.contextmanager
-def opened(folder: Path, **options: Any) -> Iterator[LocalCorpus]:
-    corpus = LocalCorpus(folder, **options)
-    try:
-        yield corpus
-    finally:
-        corpus.close()
-
-
-def test_changes_are_seen_at_once_and_after_a_restart(folder: Path) -> None:
+def test_changes_are_seen_at_once_and_after_a_restart(opened: Opened, folder: Path) -> None:
     victim = DOCUMENTS[3]
     question = np.asarray(victim["embedding"], np.float32) * 10
     with opened(folder) as corpus:
@@ -120,8 +109,15 @@ def test_changes_are_seen_at_once_and_after_a_restart(folder: Path) -> None:
         assert document.metadata == '{"new": true}'
 
 
-@pytest.mark.parametrize("kind", ["Flat", "HNSW8", "IVF4,Flat", "IVF4,PQ4x4"])
-def test_compaction_changes_no_answer(kind: str, tmp_path: Path, corpus: Path, build_corpus: Build) -> None:
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("local", kind) for kind in ("Flat", "HNSW8", "IVF4,Flat", "IVF4,PQ4x4")]
+    + [("milvus", kind) for kind in ("Flat", "HNSW8")],
+    indirect=["backend"],
+)
+def test_compaction_changes_no_answer(
+    opened: Opened, backend: str, kind: str, tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
     build_corpus(corpus, tmp_path / "index", kind=kind, nprobe=4)
     with opened(tmp_path / "index") as live:
         for step in range(10):
@@ -133,7 +129,7 @@ def test_compaction_changes_no_answer(kind: str, tmp_path: Path, corpus: Path, b
         generation = live.compact(lambda stage, done, total: stages.append(stage), threading.Event())
         assert (generation.number, generation.index.ntotal, live.pending_changes) == (2, 67, 0)
         assert [set(found(live, vector(seed), 80)) for seed in range(5)] == before
-        assert {"index", "publish", "load"} <= set(stages)
+        assert ({"index", "publish", "load"} if backend == "local" else {"compact"}) <= set(stages)
         delete(live, "fresh-3")
         for one in (old, generation):
             rows = one.index.search(vector(106)[None], 80, KNOBS)[0][0]
@@ -144,7 +140,8 @@ def test_compaction_changes_no_answer(kind: str, tmp_path: Path, corpus: Path, b
         assert len(found(live, vector(0), 80)) == 66
 
 
-def test_changes_during_a_compaction_are_in_neither_lost_nor_doubled(folder: Path) -> None:
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_changes_during_a_compaction_are_in_neither_lost_nor_doubled(opened: Opened, folder: Path) -> None:
     with opened(folder) as corpus:
         upsert(corpus, "before", seed=1)
 
@@ -159,7 +156,8 @@ def test_changes_during_a_compaction_are_in_neither_lost_nor_doubled(folder: Pat
         assert "before" not in keys_of(corpus)
 
 
-def test_a_cancelled_compaction_leaves_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_a_cancelled_compaction_leaves_nothing(opened: Opened, folder: Path) -> None:
     cancelled = threading.Event()
     cancelled.set()
     with opened(folder) as corpus:
@@ -171,8 +169,9 @@ def test_a_cancelled_compaction_leaves_nothing(folder: Path) -> None:
         assert "fresh" in keys_of(corpus)
 
 
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
 def test_a_compaction_that_finds_no_room_for_its_last_file_leaves_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Opened, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its folder had its name already, and stayed, on a disk that was full."""
 
@@ -193,8 +192,9 @@ def test_a_compaction_that_finds_no_room_for_its_last_file_leaves_nothing(
         assert "fresh" in keys_of(corpus)
 
 
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
 def test_a_full_disk_is_not_taken_for_one_that_nobody_writes(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Opened, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader that opened while the disk was full read the file without its write-ahead log."""
 
@@ -207,7 +207,10 @@ def test_a_full_disk_is_not_taken_for_one_that_nobody_writes(
         assert "fresh" in another_thread.submit(keys_of, corpus).result()
 
 
-def test_a_compaction_never_overrides_a_newer_build(folder: Path, corpus: Path, build_corpus: Build) -> None:
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_a_compaction_never_overrides_a_newer_build(
+    opened: Opened, folder: Path, corpus: Path, build_corpus: Build
+) -> None:
     with opened(folder) as live:
         upsert(live, "fresh")
         build_corpus(corpus, folder)
@@ -215,7 +218,10 @@ def test_a_compaction_never_overrides_a_newer_build(folder: Path, corpus: Path, 
             live.compact(lambda *_: None, threading.Event())
 
 
-def test_two_builds_leave_the_generation_that_serves(folder: Path, corpus: Path, build_corpus: Build) -> None:
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_two_builds_leave_the_generation_that_serves(
+    opened: Opened, folder: Path, corpus: Path, build_corpus: Build
+) -> None:
     """Two builds without a restart removed the generation that a retriever had open."""
     with opened(folder) as live:
         upsert(live, "fresh", seed=3)
@@ -228,7 +234,7 @@ def test_two_builds_leave_the_generation_that_serves(folder: Path, corpus: Path,
     assert not list(folder.glob("live-000001*"))
 
 
-def test_request_ids_and_etags_keep_changes_apart(folder: Path) -> None:
+def test_request_ids_and_etags_keep_changes_apart(opened: Opened, folder: Path) -> None:
     with opened(folder) as corpus:
         first = upsert(corpus, "a", "b", request_id="r1")
         assert upsert(corpus, "a", "b", request_id="r1") == first
@@ -248,14 +254,14 @@ def test_request_ids_and_etags_keep_changes_apart(folder: Path) -> None:
         assert "a" not in keys_of(corpus), "a remembered request was done again"
 
 
-def test_a_batch_for_another_index_is_refused(folder: Path) -> None:
+def test_a_batch_for_another_index_is_refused(opened: Opened, folder: Path) -> None:
     with opened(folder) as corpus:
         batch = Upsert("", "d", [NewDocument("a", "", "t")], vector(0)[None], False, Embedding(name="other"))
         with pytest.raises(AbortedError, match="send the batch again"):
             corpus.upsert(batch)
 
 
-def test_only_one_writes_and_the_other_follows(folder: Path) -> None:
+def test_only_one_writes_and_the_other_follows(opened: Opened, folder: Path) -> None:
     with opened(folder) as writer, contextlib.ExitStack() as stack:
         holder = stack.enter_context(opened(folder, take_changes=False))
         assert "read-only" in str(holder.read_only_reason)
@@ -266,12 +272,18 @@ def test_only_one_writes_and_the_other_follows(folder: Path) -> None:
         assert DOCUMENTS[0]["key"] not in found(holder, vector(4), 80)
         with pytest.raises(ReadOnlyError):
             upsert(holder, "no")
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_one_generation_alone_takes_no_changes(opened: Opened, folder: Path) -> None:
+    with opened(folder) as writer:
+        upsert(writer, "fresh", seed=4)
     with opened(folder / "generation-000001") as one:
         assert "only an index folder" in str(one.read_only_reason)
         assert found(one, vector(4) * 10)[0] == "fresh", "a generation alone showed what was changed since"
 
 
-def test_selections_reach_the_snapshot_and_the_fresh_documents(folder: Path) -> None:
+def test_selections_reach_the_snapshot_and_the_fresh_documents(opened: Opened, folder: Path) -> None:
     with opened(folder) as corpus:
         upsert(corpus, "fresh", DOCUMENTS[5]["key"], seed=7)
         rows = np.asarray([2, 5, 6, 60, 61], np.int64)
@@ -282,7 +294,7 @@ def test_selections_reach_the_snapshot_and_the_fresh_documents(folder: Path) -> 
         assert set(found(corpus, vector(7), 80, Selection(rows))) == keys - {"fresh"}
 
 
-def test_many_hidden_fresh_documents_hide_none_that_lives(folder: Path) -> None:
+def test_many_hidden_fresh_documents_hide_none_that_lives(opened: Opened, folder: Path) -> None:
     with opened(folder) as corpus:
         for round_ in range(3):
             for part in range(0, 600, 200):
@@ -291,7 +303,8 @@ def test_many_hidden_fresh_documents_hide_none_that_lives(folder: Path) -> None:
         assert sorted(found(corpus, vector(1), 700)) == keys_of(corpus)
 
 
-def test_changes_of_another_build_are_refused(folder: Path) -> None:
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_changes_of_another_build_are_refused(opened: Opened, folder: Path) -> None:
     with opened(folder) as corpus:
         upsert(corpus, "fresh")
     with contextlib.closing(sqlite3.connect(folder / "live-000001.sqlite")) as connection, connection:
@@ -300,7 +313,8 @@ def test_changes_of_another_build_are_refused(folder: Path) -> None:
         pass
 
 
-def test_any_damaged_file_of_a_compaction_is_named(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_any_damaged_file_of_a_compaction_is_named(opened: Opened, folder: Path, tmp_path: Path) -> None:
     with opened(folder) as corpus:
         upsert(corpus, "fresh")
         corpus.compact(lambda *_: None, threading.Event())
@@ -319,8 +333,9 @@ def test_any_damaged_file_of_a_compaction_is_named(folder: Path, tmp_path: Path)
         shutil.rmtree(copy)
 
 
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
 def test_live_recall_is_measured_among_the_documents_that_live(
-    tmp_path: Path, corpus: Path, build_corpus: Build
+    opened: Opened, tmp_path: Path, corpus: Path, build_corpus: Build
 ) -> None:
     """An answer whose document was deleted before it was sampled would have counted as a bad search."""
     build_corpus(corpus, tmp_path / "index", kind="HNSW32", ef_search=200)

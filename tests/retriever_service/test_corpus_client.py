@@ -28,6 +28,12 @@ NOBODY = "127.0.0.1:1"
 
 
 @pytest.fixture
+def backend() -> str:
+    """The client is under test here: one backend will do."""
+    return "local"
+
+
+@pytest.fixture
 def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
     build_corpus(corpus, tmp_path / "index")
     return tmp_path / "index"

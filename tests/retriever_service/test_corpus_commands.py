@@ -25,6 +25,12 @@ Lines = list[dict[str, Any]]
 
 
 @pytest.fixture
+def backend() -> str:
+    """The client is under test here: one backend will do."""
+    return "local"
+
+
+@pytest.fixture
 def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
     build_corpus(corpus, tmp_path / "index")
     return tmp_path / "index"

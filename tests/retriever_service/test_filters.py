@@ -1,6 +1,7 @@
 """Metadata filters: one meaning, whoever evaluates them."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -17,8 +18,17 @@ from retriever_service.filter_wire import (
     MAX_FILTER_VALUES,
     read_filter,
 )
-from retriever_service.filters import AllOf, AnyOf, Equal, Filter, Not, OneOf, Range, matches
+from retriever_service.filters import AllOf, AnyOf, Equal, Filter, Not, OneOf, Range, kind_of, matches
+from retriever_service.index.manifest import Embedding, Manifest
+from retriever_service.milvus.connection import MilvusAddress, MilvusConnection
+from retriever_service.milvus.entities import entity
+from retriever_service.milvus.schema import create_documents
+from retriever_service.milvus.state import Checkpoint, Shown, State
+from retriever_service.milvus.store import MilvusStore
+from retriever_service.milvus.terms import term
 from retriever_service.store.sqlite import SqliteStore, SqliteWriter
+from retriever_service.types import Metric
+from tests.retriever_service.milvus_server import MilvusServer
 from tests.retriever_service.tiny_models import make_metadata
 
 METADATA: list[dict[str, Any] | None] = [None if row % 11 == 10 else make_metadata(row) for row in range(60)]
@@ -62,6 +72,32 @@ trees = st.recursive(
 
 
 @pytest.fixture(scope="module")
+def milvus_store(milvus: MilvusServer) -> Iterator[MilvusStore]:
+    manifest = Manifest(
+        generation=1,
+        created_at="",
+        created_by="",
+        kind="Flat",
+        metric=Metric.L2,
+        dimension=2,
+        ntotal=len(METADATA),
+        embedding=Embedding(name="none"),
+        files={},
+    )
+    connection = MilvusConnection(MilvusAddress(milvus.uri))
+    create_documents(connection, "filters", manifest)
+    vector = np.zeros(2, np.float32)
+    entities = [
+        entity("", row, f"doc-{row}", "", "", None if one is None else json.dumps(one), vector)
+        for row, one in enumerate(METADATA)
+    ]
+    connection.upsert("filters", entities)
+    state = State.of(Checkpoint(next_row=len(METADATA), num_documents=len(METADATA)), [])
+    yield MilvusStore(connection, "filters", 2, Shown(state), "")
+    connection.close()
+
+
+@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> SqliteStore:
     file = tmp_path_factory.mktemp("filters") / "documents.sqlite"
     writer = SqliteWriter(file)
@@ -78,6 +114,25 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SqliteStore:
 def test_sqlite_finds_the_documents_that_the_filter_means(store: SqliteStore, condition: Filter) -> None:
     meant = [row for row, metadata in enumerate(METADATA) if matches(condition, metadata or {})]
     assert store.rows_where(condition).tolist() == meant
+
+
+@settings(max_examples=300, deadline=None)
+@given(condition=trees)
+def test_milvus_finds_the_documents_that_the_filter_means(
+    milvus_store: MilvusStore, condition: Filter
+) -> None:
+    meant = [row for row, metadata in enumerate(METADATA) if matches(condition, metadata or {})]
+    assert milvus_store.rows_where(condition).tolist() == meant
+
+
+@given(st.lists(scalars, min_size=2, max_size=2))
+def test_terms_of_a_kind_have_the_order_of_their_values(values: list[Any]) -> None:
+    one, other = values
+    if kind_of(one) == kind_of(other):
+        assert (term(one) < term(other)) == (one < other)
+        assert (term(one) == term(other)) == (one == other)
+    else:
+        assert term(one) != term(other)
 
 
 def test_one_and_true_and_one_as_text_are_three_values() -> None:
@@ -148,16 +203,19 @@ def test_bad_filter_is_refused_by_the_path_of_its_field(message: filter_pb2.Filt
     assert [violation.field for violation in caught.value.violations] == [field]
 
 
-def test_largest_filters_that_are_allowed_are_read_and_evaluated(store: SqliteStore) -> None:
-    """SQLite has limits of its own on depth and parameters; a filter that passed the checks must not meet them."""
+def test_largest_filters_that_are_allowed_are_read_and_evaluated(
+    store: SqliteStore, milvus_store: MilvusStore
+) -> None:
+    """Backends have limits of their own on depth and parameters; a filter that passed the checks must meet none."""
     deep = read_filter(nested(MAX_FILTER_DEPTH))
     wide = read_filter(metadata_filter({"$or": [{"x": 1}] * (MAX_FILTER_CONDITIONS - 1)}))
     many = read_filter(metadata_filter({"year": {"$in": list(range(1990, 1990 + MAX_FILTER_VALUES))}}))
-    assert len(store.rows_where(deep)) == len(METADATA)
-    assert len(store.rows_where(wide)) == 0
-    assert len(store.rows_where(many)) == sum(
-        (one or {}).get("year", 0) in range(1990, 2990) for one in METADATA
-    )
+    for one in (store, milvus_store):
+        assert len(one.rows_where(deep)) == len(METADATA)
+        assert len(one.rows_where(wide)) == 0
+        assert len(one.rows_where(many)) == sum(
+            (metadata or {}).get("year", 0) in range(1990, 2990) for metadata in METADATA
+        )
 
 
 @pytest.mark.parametrize(

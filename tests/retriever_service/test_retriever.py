@@ -2,8 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +11,18 @@ import numpy as np
 import pytest
 
 from rag_serving.errors import InvalidArgumentError
-from rag_serving.metrics import Metrics
-from retriever_service.context.assembler import ContextAssembler
-from retriever_service.context.tokenizer import ContextTokenizer
 from retriever_service.errors import InvalidSearchParametersError, NoQuestionTokenizerError, OverloadedError
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import Snapshot
-from retriever_service.metrics import RetrieverMetrics
-from retriever_service.retriever import Retriever, RetrieverLimits
-from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import Metric, Query, SearchParameters
-from tests.retriever_service.tiny_models import bpe_tokenizer, embeddings_of, make_documents, write_jsonl
+from tests.retriever_service.tiny_models import embeddings_of, make_documents, write_jsonl
 
 DIM = 16
 DOCUMENTS = make_documents(300, DIM, seed=4)
 EMBEDDINGS = embeddings_of(DOCUMENTS)
 VECTORS = np.random.default_rng(8).standard_normal((6, DIM)).astype(np.float32)
 Build = Callable[..., Snapshot]
-
-
-@asynccontextmanager
-async def retrieving(snapshot: Snapshot, **limits: Any) -> AsyncIterator[Retriever]:
-    retriever = Retriever(
-        FaissIndex.load(snapshot.index_file),
-        SqliteStore(snapshot.documents_file, snapshot.manifest.dimension),
-        ContextAssembler(ContextTokenizer(bpe_tokenizer()), title_sep=" / ", doc_sep=" // ", prefix=""),
-        RetrieverMetrics(Metrics("retriever")),
-        generation=snapshot.manifest.generation,
-        limits=RetrieverLimits(**limits),
-    )
-    try:
-        yield retriever
-    finally:
-        await retriever.close()
+Retrieving = Callable[..., AbstractAsyncContextManager[Any]]
 
 
 def query(vectors: Any = VECTORS, n_docs: int = 5, **others: Any) -> Query:
@@ -63,7 +42,9 @@ def build(tmp_path: Path, build_corpus: Build) -> Build:
     return lambda **options: build_corpus(corpus, tmp_path / "index", **options)
 
 
-async def test_flat_index_gives_the_best_documents_with_exact_scores(build: Build) -> None:
+async def test_flat_index_gives_the_best_documents_with_exact_scores(
+    retrieving: Retrieving, build: Build
+) -> None:
     async with retrieving(build()) as retriever:
         retrieved = await retriever.retrieve(query())
     rows, scores = exact(VECTORS, 5)
@@ -79,12 +60,19 @@ async def test_flat_index_gives_the_best_documents_with_exact_scores(build: Buil
     assert retrieved.contexts.input_ids.shape[0] == 30
 
 
-@pytest.mark.parametrize("kind", ["Flat", "HNSW8", "IVF8,Flat", "IVF8,PQ4x4", "OPQ4,IVF8,PQ4x4", "SQ8"])
+# Milvus has IVF8,PQ4x4 as well, milvus-lite has not, and always makes 128 lists.
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("local", kind) for kind in ("Flat", "HNSW8", "IVF8,Flat", "IVF8,PQ4x4", "OPQ4,IVF8,PQ4x4", "SQ8")]
+    + [("milvus", kind) for kind in ("Flat", "HNSW8", "IVF128,Flat", "IVF128,SQ8")],
+    indirect=["backend"],
+)
 @pytest.mark.parametrize("metric", list(Metric))
 async def test_doc_scores_are_exact_and_ordered_whatever_the_kind(
-    build: Build, kind: str, metric: Metric
+    retrieving: Retrieving, build: Build, kind: str, metric: Metric
 ) -> None:
-    async with retrieving(build(kind=kind, metric=metric)) as retriever:
+    snapshot = build(kind=kind, metric=metric, nprobe=128 if "128" in kind else 8)
+    async with retrieving(snapshot) as retriever:
         retrieved = await retriever.retrieve(query(n_docs=20))
     products = np.einsum("bd,bnd->bn", VECTORS, EMBEDDINGS[retrieved.rows], dtype=np.float64)
     np.testing.assert_array_equal(retrieved.doc_scores, products.astype(np.float32))
@@ -92,7 +80,7 @@ async def test_doc_scores_are_exact_and_ordered_whatever_the_kind(
     assert all(len(set(rows)) == 20 for rows in retrieved.rows.tolist())
 
 
-async def test_answer_does_not_depend_on_the_batch(build: Build) -> None:
+async def test_answer_does_not_depend_on_the_batch(retrieving: Retrieving, build: Build) -> None:
     async with retrieving(build()) as retriever:
         together = await retriever.retrieve(query())
         for position in range(len(VECTORS)):
@@ -101,7 +89,9 @@ async def test_answer_does_not_depend_on_the_batch(build: Build) -> None:
             np.testing.assert_array_equal(alone.doc_scores[0], together.doc_scores[position])
 
 
-async def test_equal_scores_stand_in_row_order(tmp_path: Path, build_corpus: Build) -> None:
+async def test_equal_scores_stand_in_row_order(
+    retrieving: Retrieving, tmp_path: Path, build_corpus: Build
+) -> None:
     lines = [{"key": str(row), "text": "t", "embedding": [1.0, row % 2]} for row in range(10)]
     snapshot = build_corpus(write_jsonl(tmp_path / "ties.jsonl", lines), tmp_path / "ties")
     async with retrieving(snapshot) as retriever:
@@ -109,7 +99,9 @@ async def test_equal_scores_stand_in_row_order(tmp_path: Path, build_corpus: Bui
     assert retrieved.rows.tolist() == [[1, 3, 5, 7, 9, 0, 2, 4, 6, 8]]
 
 
-async def test_fewer_hits_are_reported_and_never_padded_with_documents(build: Build) -> None:
+async def test_fewer_hits_are_reported_and_never_padded_with_documents(
+    retrieving: Retrieving, build: Build
+) -> None:
     async with retrieving(build(kind="IVF64,Flat", nprobe=1)) as retriever:
         retrieved = await retriever.retrieve(query(n_docs=40))
         nothing_asked = await retriever.retrieve(
@@ -133,7 +125,9 @@ async def test_fewer_hits_are_reported_and_never_padded_with_documents(build: Bu
     assert list(nothing_asked.n_docs_found) == [40] * 6
 
 
-async def test_index_smaller_than_n_docs_gives_all_it_has(tmp_path: Path, build_corpus: Build) -> None:
+async def test_index_smaller_than_n_docs_gives_all_it_has(
+    retrieving: Retrieving, tmp_path: Path, build_corpus: Build
+) -> None:
     snapshot = build_corpus(write_jsonl(tmp_path / "three.jsonl", DOCUMENTS[:3]), tmp_path / "three")
     async with retrieving(snapshot) as retriever:
         retrieved = await retriever.retrieve(query(n_docs=50))
@@ -141,15 +135,16 @@ async def test_index_smaller_than_n_docs_gives_all_it_has(tmp_path: Path, build_
     assert list(retrieved.n_docs_found) == [3] * 6
 
 
-async def test_skipped_contexts_are_none(build: Build) -> None:
+async def test_skipped_contexts_are_none(retrieving: Retrieving, build: Build) -> None:
     async with retrieving(build()) as retriever:
         retrieved = await retriever.retrieve(Query(VECTORS, 5, 60, skip_contexts=True))
     assert retrieved.contexts is None
     assert retrieved.rows.shape == (6, 5)
 
 
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
 async def test_concurrent_requests_are_gathered_into_few_searches(
-    build: Build, monkeypatch: pytest.MonkeyPatch
+    retrieving: Retrieving, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
     search = FaissIndex.search
@@ -171,8 +166,9 @@ async def test_concurrent_requests_are_gathered_into_few_searches(
     np.testing.assert_array_equal(np.concatenate([answer.doc_scores for answer in answers]), scores)
 
 
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
 async def test_too_many_waiting_questions_are_refused_with_a_retry_hint(
-    build: Build, monkeypatch: pytest.MonkeyPatch
+    retrieving: Retrieving, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
     search = FaissIndex.search
@@ -193,7 +189,7 @@ async def test_too_many_waiting_questions_are_refused_with_a_retry_hint(
         await retriever.retrieve(query())
 
 
-async def test_cancelled_request_frees_its_place(build: Build) -> None:
+async def test_cancelled_request_frees_its_place(retrieving: Retrieving, build: Build) -> None:
     async with retrieving(build(), max_queued_questions=8) as retriever:
         for _ in range(20):
             task = asyncio.create_task(retriever.retrieve(query()))
@@ -204,7 +200,9 @@ async def test_cancelled_request_frees_its_place(build: Build) -> None:
         assert (await retriever.retrieve(query())).rows.shape == (6, 5)
 
 
-async def test_what_cannot_be_answered_is_refused_before_it_waits(build: Build) -> None:
+async def test_what_cannot_be_answered_is_refused_before_it_waits(
+    retrieving: Retrieving, build: Build
+) -> None:
     ids = np.ones((6, 3), dtype=np.int64)
     async with retrieving(build()) as retriever:
         with pytest.raises(InvalidSearchParametersError, match="nprobe"):

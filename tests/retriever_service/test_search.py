@@ -14,7 +14,7 @@ from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import Snapshot
 from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import Metric
-from tests.retriever_service.test_retriever import DIM, DOCUMENTS, EMBEDDINGS, VECTORS, query, retrieving
+from tests.retriever_service.test_retriever import DIM, DOCUMENTS, EMBEDDINGS, VECTORS, Retrieving, query
 from tests.retriever_service.tiny_models import write_jsonl
 
 Build = Callable[..., Snapshot]
@@ -69,19 +69,27 @@ CONDITIONS: list[Filter] = [
 
 
 @pytest.mark.parametrize("max_exact_rows", [0, 1000])
-@pytest.mark.parametrize("kind", ["Flat", "PQ8", "HNSW32", "IVF4,Flat"])
+# Milvus makes as many lists as it is told, milvus-lite always 128: pymilvus sends nlist where it does not look.
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [("local", kind) for kind in ("Flat", "PQ8", "HNSW32", "IVF4,Flat")]
+    + [("milvus", kind) for kind in ("Flat", "HNSW32", "IVF128,Flat")],
+    indirect=["backend"],
+)
 async def test_filter_leaves_the_best_of_the_documents_that_meet_it(
-    snapshots: Build, kind: str, max_exact_rows: int
+    retrieving: Retrieving, snapshots: Build, kind: str, max_exact_rows: int
 ) -> None:
     """Whether exact, by faiss's selector, or on a kind that has none: the same documents."""
-    snapshot = snapshots(kind, nprobe=4, ef_search=400)
+    snapshot = snapshots(kind, nprobe=128 if kind == "IVF128,Flat" else 4, ef_search=400)
     async with retrieving(snapshot, max_exact_rows=max_exact_rows) as retriever:
         for condition in CONDITIONS:
             retrieved = await retriever.retrieve(query(filter=condition))
             assert rows_of(retrieved) == expected(VECTORS, 5, condition), condition
 
 
-async def test_filters_that_python_calls_equal_are_not_confused(snapshots: Build) -> None:
+async def test_filters_that_python_calls_equal_are_not_confused(
+    retrieving: Retrieving, snapshots: Build
+) -> None:
     """1 == True == 1.0 to a dictionary: the rows of one filter were kept for another."""
     async with retrieving(snapshots("Flat")) as retriever:
         for value in (1, True, "1", 1.5, False):
@@ -90,7 +98,9 @@ async def test_filters_that_python_calls_equal_are_not_confused(snapshots: Build
             assert rows_of(retrieved) == expected(VECTORS, 5, condition), value
 
 
-async def test_requests_of_different_filters_never_share_a_search(snapshots: Build) -> None:
+async def test_requests_of_different_filters_never_share_a_search(
+    retrieving: Retrieving, snapshots: Build
+) -> None:
     async with retrieving(snapshots("Flat"), max_exact_rows=0, batch_window_s=0.05) as retriever:
         asked = [CONDITIONS[place % 4] for place in range(24)]
         answers = await asyncio.gather(*(retriever.retrieve(query(filter=one)) for one in asked))
@@ -98,7 +108,7 @@ async def test_requests_of_different_filters_never_share_a_search(snapshots: Bui
             assert rows_of(answer) == expected(VECTORS, 5, condition)
 
 
-async def test_score_threshold_leaves_out_what_scores_less(snapshots: Build) -> None:
+async def test_score_threshold_leaves_out_what_scores_less(retrieving: Retrieving, snapshots: Build) -> None:
     async with retrieving(snapshots("Flat")) as retriever:
         whole = await retriever.retrieve(query(n_docs=20))
         threshold = float(whole.doc_scores[0, 3])
@@ -110,8 +120,11 @@ async def test_score_threshold_leaves_out_what_scores_less(snapshots: Build) -> 
         assert nothing.n_docs_found == [0] * len(VECTORS)
 
 
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
 @pytest.mark.parametrize("metric", list(Metric))
-async def test_rescoring_a_wider_list_finds_what_codes_lose(snapshots: Build, metric: Metric) -> None:
+async def test_rescoring_a_wider_list_finds_what_codes_lose(
+    retrieving: Retrieving, snapshots: Build, metric: Metric
+) -> None:
     vectors = np.random.default_rng(5).standard_normal((32, DIM)).astype(np.float32)
     snapshot = snapshots("PQ4x4", metric=metric)
     store = SqliteStore(snapshot.documents_file, DIM)
@@ -147,7 +160,8 @@ async def sampled(retriever: Any) -> tuple[float, float]:
     return values["count"], values["sum"] / max(values["count"], 1)
 
 
-async def test_live_recall_is_that_of_the_answers(snapshots: Build) -> None:
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+async def test_live_recall_is_that_of_the_answers(retrieving: Retrieving, snapshots: Build) -> None:
     async with retrieving(snapshots("IVF16,Flat", nprobe=1), recall_sample_rate=1.0) as retriever:
         for row in range(len(VECTORS)):
             vectors = VECTORS[row : row + 1]
@@ -168,7 +182,10 @@ async def test_live_recall_is_that_of_the_answers(snapshots: Build) -> None:
         assert mean < 1
 
 
-async def test_exhaustive_index_and_a_rate_of_zero_are_never_sampled(snapshots: Build) -> None:
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+async def test_exhaustive_index_and_a_rate_of_zero_are_never_sampled(
+    retrieving: Retrieving, snapshots: Build
+) -> None:
     for kind, rate in (("Flat", 1.0), ("IVF16,Flat", 0.0)):
         async with retrieving(snapshots(kind, nprobe=1), recall_sample_rate=rate) as retriever:
             await retriever.retrieve(query())

@@ -162,16 +162,14 @@ async def test_deadline_of_a_request_ends_it_and_not_the_others(
 ) -> None:
     import time
 
-    from retriever_service.index.faiss_index import FaissIndex
+    async with serve_retriever() as (retriever, stub, _):
+        search = retriever.index.search
 
-    search = FaissIndex.search
+        def slow(*arguments: Any) -> Any:
+            time.sleep(0.2)
+            return search(*arguments)
 
-    def slow(*arguments: Any) -> Any:
-        time.sleep(0.2)
-        return search(*arguments)
-
-    async with serve_retriever() as (_, stub, _):
-        monkeypatch.setattr(FaissIndex, "search", slow)
+        monkeypatch.setattr(retriever.index, "search", slow)
         patient = asyncio.ensure_future(stub.Retrieve(request()))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Retrieve(request(), timeout=0.05)

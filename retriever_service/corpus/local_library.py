@@ -1,0 +1,69 @@
+"""Index folders as corpora: the one that is active is written down in the retriever's own."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rag_serving.errors import FailedPreconditionError
+from retriever_service.corpus.active import write_active
+from retriever_service.corpus.base import Corpus, CorpusLibrary, Generation, Progress
+from retriever_service.corpus.local import LocalCorpus
+from retriever_service.errors import DiskFullError, MissingIndexError, ReadOnlyError, is_full
+from retriever_service.index.manifest import Manifest
+from retriever_service.index.snapshot import Snapshot
+
+
+class LocalLibrary(CorpusLibrary):
+    """Opens folders where they lie."""
+
+    def __init__(
+        self, home: Path, open_corpus: Callable[[Path, int], LocalCorpus], *, refused: str | None
+    ) -> None:
+        """`home` remembers what is active; `open_corpus` takes a folder and the offset of its generations' numbers."""
+        self._home = home
+        self._open_corpus = open_corpus
+        self._refused = refused
+
+    @property
+    def refused(self) -> str | None:
+        """Why nothing can be activated: see CorpusLibrary."""
+        return self._refused
+
+    def manifest(self, folder: Path) -> Manifest:
+        """Reads what a folder holds: see CorpusLibrary."""
+        try:
+            return Snapshot.open(folder).manifest
+        except MissingIndexError as error:
+            raise FailedPreconditionError(error.message, reason=error.reason) from error
+
+    def open(
+        self,
+        folder: Path,
+        number: int,
+        serving: Sequence[Corpus],
+        progress: Progress,
+        _cancelled: threading.Event,
+    ) -> tuple[Corpus, Generation]:
+        """Opens a folder: see CorpusLibrary."""
+        progress("load", 0, 1)
+        for corpus in serving:
+            if isinstance(corpus, LocalCorpus) and corpus.folder.resolve() == folder and corpus.is_newest():
+                return corpus, corpus.renumber(number)
+        try:
+            opened = self._open_corpus(folder, number - Snapshot.open(folder).manifest.generation)
+        except MissingIndexError as error:
+            raise FailedPreconditionError(error.message, reason=error.reason) from error
+        return opened, opened.generation
+
+    def remember(self, corpus: Corpus, generation: Generation) -> None:
+        """Writes ACTIVE: see CorpusLibrary."""
+        offset = generation.number - generation.manifest.generation
+        try:
+            write_active(self._home, corpus.folder, offset)
+        except OSError as error:
+            if is_full(error):
+                raise DiskFullError(f"{self._home}: {error}", retry_after_s=5.0) from error
+            raise ReadOnlyError(f"{self._home} cannot be written to: {error}") from error
+
+    def close(self) -> None:
+        """Nothing is shared."""

@@ -1,0 +1,1 @@
+"""The corpus in a Milvus cluster: Milvus owns vectors and documents."""

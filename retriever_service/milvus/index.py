@@ -1,0 +1,143 @@
+"""Milvus behind the contract of a vector index."""
+
+import sys
+
+import numpy as np
+
+from retriever_service.errors import InvalidSearchParametersError
+from retriever_service.index.base import VectorIndex
+from retriever_service.index.manifest import Manifest
+from retriever_service.milvus.connection import MilvusConnection
+from retriever_service.milvus.schema import index_parameters
+from retriever_service.milvus.state import Shown
+from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters, Selection
+
+_MAX_HITS = 16_384  # Milvus finds no more of a question
+
+
+class Matching(Selection):
+    """The documents that meet an expression: no rows are listed, Milvus evaluates it in the search."""
+
+    def __init__(self, expression: str) -> None:
+        super().__init__(np.empty(0, np.int64))
+        self.expression = expression
+
+    def __len__(self) -> int:
+        """More than any limit under which rows are compared one by one."""
+        return sys.maxsize
+
+
+class MilvusIndex(VectorIndex):
+    """Searches one collection. Selections are those of its store, or short lists of rows."""
+
+    def __init__(
+        self,
+        connection: MilvusConnection,
+        collection: str,
+        manifest: Manifest,
+        shown: Shown,
+        *,
+        nprobe: int,
+        ef_search: int,
+    ) -> None:
+        self._connection = connection
+        self._collection = collection
+        self._manifest = manifest
+        self._shown = shown
+        self._type, parameters = index_parameters(manifest.kind)
+        self._nlist = parameters.get("nlist", 0)
+        self._own = SearchParameters(nprobe=nprobe, ef_search=ef_search)
+
+    @property
+    def ntotal(self) -> int:
+        """Vectors that can be found."""
+        return self._shown.state.num_documents
+
+    @property
+    def dimension(self) -> int:
+        """Numbers in a vector."""
+        return self._manifest.dimension
+
+    @property
+    def metric(self) -> Metric:
+        """Similarity of the search."""
+        return self._manifest.metric
+
+    @property
+    def has_exact_scores(self) -> bool:
+        """Whether the index keeps vectors whole: see VectorIndex."""
+        return self._type in {"FLAT", "HNSW", "IVF_FLAT"}
+
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether every search is exact: see VectorIndex."""
+        return self._type == "FLAT"
+
+    @property
+    def takes_selection(self) -> bool:
+        """Milvus evaluates any selection before it searches."""
+        return True
+
+    def check_parameters(self, parameters: SearchParameters) -> None:
+        """Raises InvalidSearchParametersError: see VectorIndex."""
+        for knob, there in (("nprobe", bool(self._nlist)), ("ef_search", self._type == "HNSW")):
+            value = getattr(parameters, knob)
+            if value < 0:
+                raise InvalidSearchParametersError(f"search_parameters.{knob}", "must not be negative", value)
+            if value and not there:
+                raise InvalidSearchParametersError(
+                    f"search_parameters.{knob}",
+                    f"an index of kind {self._manifest.kind} has no such knob",
+                    value,
+                )
+        if parameters.nprobe > self._nlist:
+            raise InvalidSearchParametersError(
+                "search_parameters.nprobe", f"must be at most nlist, {self._nlist}", parameters.nprobe
+            )
+
+    def search(
+        self,
+        vectors: Float32Array,
+        n_docs: int,
+        parameters: SearchParameters,
+        selection: Selection | None = None,
+    ) -> tuple[Int64Array, Float32Array]:
+        """Finds the rows nearest to each vector: see VectorIndex."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimension or len(vectors) == 0 or n_docs < 1:
+            raise ValueError(
+                f"cannot search {n_docs} of vectors {vectors.shape} in dimension {self.dimension}"
+            )
+        state = self._shown.state
+        n_docs = min(n_docs, state.num_documents, _MAX_HITS)
+        rows = np.full((len(vectors), n_docs), -1, dtype=np.int64)
+        scores = np.zeros((len(vectors), n_docs), dtype=np.float32)
+        if n_docs == 0:
+            return rows, scores
+        hits = self._connection.search(
+            self._collection,
+            np.ascontiguousarray(vectors, dtype=np.float32),
+            limit=n_docs,
+            filter=_both(state.expression(), selection),
+            output_fields=["row"],
+            search_params={"params": self._knobs(parameters, n_docs)},
+        )
+        for question, found in enumerate(hits):
+            for place, hit in enumerate(found):
+                rows[question, place] = hit["entity"]["row"]
+                scores[question, place] = hit["distance"]
+        return rows, scores
+
+    def _knobs(self, parameters: SearchParameters, n_docs: int) -> dict[str, int]:
+        if self._nlist:
+            return {"nprobe": min(parameters.nprobe or self._own.nprobe, self._nlist)}
+        if self._type == "HNSW":
+            return {"ef": max(parameters.ef_search or self._own.ef_search, n_docs)}
+        return {}
+
+
+def _both(visible: str, selection: Selection | None) -> str:
+    if selection is None:
+        return visible
+    if isinstance(selection, Matching):
+        return f"{visible} and {selection.expression}"
+    return f"{visible} and row in {selection.rows.tolist()}"
