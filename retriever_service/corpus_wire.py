@@ -88,6 +88,10 @@ def read_embeddings(
             raise InvalidArgumentError(
                 f"{field}[{position}]", "the index's embeddings have length 1", float(length)
             )
+        if not length:
+            raise InvalidArgumentError(
+                f"{field}[{position}]", "is zero: no question can find it by its score"
+            )
     return vectors
 
 

@@ -215,7 +215,7 @@ def _encoder(source: str | None, device: str, embedding: Embedding) -> Encoder |
 
     encoder = PassageEncoder(
         source,
-        name=embedding.name.partition("@sha256:")[0],
+        name=embedding.name,
         pooling=Pooling(embedding.pooling or Pooling.MEAN),
         normalize=bool(embedding.normalize),
         max_length=embedding.max_length,

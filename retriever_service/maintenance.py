@@ -81,9 +81,13 @@ class Maintenance:
                 "embeddings: give them, or start the retriever with --embedding-model"
             )
         made = self._encoder.description()
+        name = made.name
+        if made.digest is not None:
+            # Weights and settings say more than the name that the encoder went by when the service started.
+            made = made.model_copy(update={"name": embedding.name})
         if made != embedding:
             raise NoPassageEncoderError(
-                f"embeddings: this service's encoder makes {made.name!r}, the index has {embedding.name!r}"
+                f"embeddings: this service's encoder makes {name!r}, the index has {embedding.name!r}"
                 " or was made with other settings: give the embeddings"
             )
         loop = asyncio.get_running_loop()

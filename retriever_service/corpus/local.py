@@ -143,7 +143,7 @@ class LocalCorpus(Corpus):
                 self._root,
                 self._store,
                 self._generation.manifest,
-                self._base_generation,
+                self._base.manifest.generation,
                 self._base_index().settings(),
                 progress,
                 cancelled,
@@ -173,6 +173,8 @@ class LocalCorpus(Corpus):
         if self._writer is not None:
             return False
         with self._lock:
+            if not self._store.has_changes_file and not self._find_changes():
+                return False
             changes = self._store.changes_after(self._store.shown)
             if not changes:
                 return False
@@ -202,12 +204,12 @@ class LocalCorpus(Corpus):
     def _open(self, requests_kept: int, take_changes: bool) -> None:
         snapshot, base = self._hold_newest()
         self._root = snapshot.root
-        self._base_generation = base.manifest.generation
+        self._base = base
         digest = base.manifest.digest()
         etag_prefix = digest.removeprefix("sha256:")[:8]
         if self._verify:
             base.verify((DOCUMENTS_FILE,))
-        changes_file = None if self._root is None else live_file(self._root, self._base_generation)
+        changes_file = None if self._root is None else live_file(self._root, self._base.manifest.generation)
         self._read_only_reason = self._refusal(take_changes)
         if changes_file is not None:
             self._check_changes(changes_file, snapshot, base)
@@ -225,6 +227,17 @@ class LocalCorpus(Corpus):
                 base.documents_file, f"{self._store.num_built} documents, not {base.manifest.ntotal}"
             )
         self._generation = self._open_generation(snapshot)
+
+    def _find_changes(self) -> bool:
+        """Looks for changes of a build that had none when it was opened; returns whether there are now."""
+        if self._root is None:
+            return False
+        file = live_file(self._root, self._base.manifest.generation)
+        if not is_begun(file, self._base.documents_file):
+            return False
+        self._check_changes(file, self._base, self._base)
+        self._store.read_changes(file)
+        return True
 
     def _check_changes(self, file: Path, snapshot: Snapshot, base: Snapshot) -> None:
         """Refuses a changes file that is damaged; unless `verify`, only one that is not there and has to be."""

@@ -7,6 +7,7 @@ files together are the truth that every index is derived from.
 """
 
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,17 @@ class LiveStore(SqliteStore):
         self._blamed = changes_file or base_file
         self.shown = 0
         self.num_built = self._num_documents
+
+    @property
+    def has_changes_file(self) -> bool:
+        """Whether changes are read beside the build."""
+        return self._changes_file is not None
+
+    def read_changes(self, changes_file: Path) -> None:
+        """Reads changes from now on, where there was no file of them before; nobody else may do so meanwhile."""
+        self._changes_file = self._blamed = changes_file
+        # Every thread opens a connection anew; the old ones are closed with the store.
+        self._local = threading.local()
 
     def __len__(self) -> int:
         with self._reading() as connection:

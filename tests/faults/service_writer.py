@@ -28,6 +28,7 @@ class ServiceWriter:
         self.gone: list[str] = []
         self.pending: list[Any] = []
         self.acknowledged = 0
+        self.sequence = 0
         self.busy = threading.Lock()
         self._last: dict[str, tuple[Any, Any]] = {}
         self._random = random.Random(seed)
@@ -37,9 +38,9 @@ class ServiceWriter:
     def change(self, stub: Any, folder: str, begun: Callable[[str], None]) -> None:
         """Makes one call and looks whether searches see it. Raises grpc.RpcError, AssertionError."""
         if self._random.random() < 0.65:
-            self.pending = [self._upsert() for _ in range(self._random.randint(1, _MOST_BATCHES))]
+            self.pending = [self.upsert() for _ in range(self._random.randint(1, _MOST_BATCHES))]
         else:
-            self.pending = [self._delete()]
+            self.pending = [self.delete()]
         begun(kind_of(self.pending[0]))
         changed = {key for request in self.pending for key in _keys_of(request)}
         for response in send(stub, list(self.pending)):
@@ -75,9 +76,11 @@ class ServiceWriter:
         del self.gone[:-50]
         self.texts[folder] = _after(before, request)
         self._last[folder] = request, response
+        self.sequence = max(self.sequence, response.sequence)
         self.acknowledged += 1
 
-    def _upsert(self) -> Any:
+    def upsert(self) -> Any:
+        """Makes a batch of some of its keys."""
         request_id = self._request_id()
         texts = {key: f"{key} of {request_id}" for key in self._some_keys()}
         return retriever_service_pb2.UpsertDocumentsRequest(
@@ -86,7 +89,8 @@ class ServiceWriter:
             embeddings=tensor_codec.encode(np.stack([vector_of(text) for text in texts.values()])),
         )
 
-    def _delete(self) -> Any:
+    def delete(self) -> Any:
+        """Makes a delete of some of its keys."""
         references = [retriever_service_pb2.DocumentReference(key=key) for key in self._some_keys()]
         return retriever_service_pb2.DeleteDocumentsRequest(
             request_id=self._request_id(), documents=references

@@ -283,6 +283,27 @@ def test_one_generation_alone_takes_no_changes(opened: Opened, folder: Path) -> 
         assert found(one, vector(4) * 10)[0] == "fresh", "a generation alone showed what was changed since"
 
 
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_a_reader_that_was_there_before_the_first_change_follows_too(
+    opened: Opened, folder: Path
+) -> None:
+    """It read the build alone for as long as it ran."""
+    with opened(folder, take_changes=False) as holder, ThreadPoolExecutor(1) as another_thread:
+        assert len(another_thread.submit(keys_of, holder).result()) == 60
+        assert not holder.follow()
+        with opened(folder) as writer:
+            assert not holder.follow()
+            upsert(writer, "fresh", seed=4)
+            delete(writer, DOCUMENTS[0]["key"])
+            assert holder.follow()
+            assert found(holder, vector(4) * 10)[0] == "fresh"
+            assert len(another_thread.submit(keys_of, holder).result()) == 60
+            assert DOCUMENTS[0]["key"] not in found(holder, vector(4), 80)
+            upsert(writer, "later", seed=5)
+            assert holder.follow()
+            assert "later" in keys_of(holder)
+
+
 def test_selections_reach_the_snapshot_and_the_fresh_documents(opened: Opened, folder: Path) -> None:
     with opened(folder) as corpus:
         upsert(corpus, "fresh", DOCUMENTS[5]["key"], seed=7)

@@ -43,6 +43,14 @@ async def upsert(stub: Any, *batches: UpsertRequest) -> list[Any]:
     return [response async for response in stub.UpsertDocuments(iter(batches))]
 
 
+async def until_refused(stub: Any, *batches: UpsertRequest) -> list[Any]:
+    answers = []
+    with contextlib.suppress(grpc.aio.AioRpcError):
+        async for answer in stub.UpsertDocuments(iter(batches)):
+            answers.append(answer)  # noqa: PERF401  (those before the error count)
+    return answers
+
+
 async def keys_found(stub: Any, seed: int, n_docs: int = 5, **fields: Any) -> list[str]:
     asked = retriever_service_pb2.RetrieveRequest(
         question_hidden_states=tensor(10 * vectors(seed)),
@@ -138,6 +146,7 @@ WRONG: dict[str, tuple[UpsertRequest, str]] = {
     "NaN": (batch("a", embeddings=tensor([[np.nan] * DIM])), "embeddings"),
     "infinity": (batch("a", embeddings=tensor([[np.inf] * DIM])), "embeddings"),
     "too long a vector": (batch("a", embeddings=tensor([[1e30] * DIM])), "embeddings[0]"),
+    "a zero vector": (batch("a", "b", embeddings=tensor([[1.0] * DIM, [0.0] * DIM])), "embeddings[1]"),
     "another dimension": (batch("a", embeddings=tensor(vectors(1, dim=8))), "embeddings"),
     "too few vectors": (batch("a", "b", embeddings=tensor(vectors(1))), "embeddings"),
     "whole numbers": (batch("a", embeddings=tensor([[1] * DIM], np.int64)), "embeddings"),
@@ -156,6 +165,12 @@ async def test_wrong_batches_are_refused_by_field_and_leave_nothing(
             assert violated_fields(caught.value) == [field], name
         index = await stub.GetIndex(retriever_service_pb2.GetIndexRequest())
         assert (index.ntotal, index.sequence) == (60, 0)
+        for number, wrong in enumerate(wrong for wrong, _ in WRONG.values()):
+            # What was acknowledged before it in the same stream stays.
+            answers = await until_refused(stub, batch(f"fine {number}"), wrong, batch("no"))
+            assert [answer.sequence for answer in answers] == [number + 1]
+        read = await stub.GetDocuments(retriever_service_pb2.GetDocumentsRequest(keys=["a", "b", "no"]))
+        assert not read.documents
         with pytest.raises(grpc.aio.AioRpcError, match="--embedding-model") as caught:
             await upsert(stub, UpsertRequest(documents=[odd()]))
         assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
@@ -178,6 +193,15 @@ async def test_odd_documents_come_back_as_they_were_sent(
             read = await stub.GetDocuments(retriever_service_pb2.GetDocumentsRequest(keys=[document.key]))
             assert read.documents[0].text == texts[place]
             assert (await keys_found(stub, 100 + place, 1)) == [document.key]
+        await compact(stub)
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        listed = await stub.ListDocuments(retriever_service_pb2.ListDocumentsRequest(page_size=5))
+        assert {one.key: one.text for one in listed.documents} == {one.key: one.text for one in documents}
+        for place, document in enumerate(documents):
+            assert (await keys_found(stub, 100 + place, 1)) == [document.key]
+            question = tensor(10 * vectors(100 + place).repeat(3, axis=0))
+            answer = await stub.Retrieve(request(question_hidden_states=question, n_docs=1))
+            assert array(answer.context_input_ids).shape[0] == 3
 
 
 async def test_vectors_of_a_normalised_index_have_length_one(

@@ -11,28 +11,6 @@ from retriever_service.errors import DamagedIndexError
 from retriever_service.ingest import cli
 from tests.retriever_service.tiny_models import WORDS, wordpiece_tokenizer, write_jsonl
 
-
-@pytest.fixture(scope="module")
-def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    tokenizer = wordpiece_tokenizer()
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=40,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 PASSAGES = [("title", " ".join(WORDS[:length])) for length in (3, 60, 1, 20, 7)]
 
 
