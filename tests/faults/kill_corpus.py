@@ -61,8 +61,7 @@ class KilledCorpus:
         self._settle([one for one in pending if isinstance(one, Switch)])
         changes = [one for one in pending if isinstance(one, Change)]
         assert len(changes) <= 1, "changes come one after another"
-        for name in FOLDERS:
-            verify_index(self._root / name, lambda step: None)
+        # Opened before anything else reads it: the write-ahead log must be recovered by what serves.
         corpus = open_active(self.home)
         try:
             for change in changes:
@@ -79,6 +78,8 @@ class KilledCorpus:
                 self._check(other)
             finally:
                 other.close()
+        for name in FOLDERS:
+            verify_index(self._root / name, lambda step: None)
         return [one.kind for one in pending]
 
     def _killed_at(self, kind: str) -> list[Change | Switch]:

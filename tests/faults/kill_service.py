@@ -75,10 +75,11 @@ class KilledService:
             under_way = ["start"]
         else:
             under_way = self._kill_under_load(kind)
-        for name in FOLDERS:
-            verify_index(self._root / name, lambda step: None)
         self._start()
         self._check()
+        # Beside the retriever: it must be what recovers the write-ahead log.
+        for name in FOLDERS:
+            verify_index(self._root / name, lambda step: None)
         return under_way
 
     def stop(self) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rag.retriever.v1 import retriever_service_pb2
+from retriever_service.ingest.verify import verify_index
 from tests.faults import kill_corpus
 from tests.faults.changing_corpus import vector_of
 from tests.faults.service_process import ServiceProcess, reason_of
@@ -47,6 +48,7 @@ def test_the_second_retriever_refuses_to_write_and_follows_the_first(tmp_path: P
             assert reason_of(caught.value) == "INDEX_READ_ONLY"
         for _ in range(10):
             writer.change(first, "index", lambda kind: None)
+            verify_index(folder, lambda step: None)
         while second.GetIndex(retriever_service_pb2.GetIndexRequest()).sequence < writer.sequence:
             time.sleep(0.01)
         assert listed(second) == writer.texts["index"]
