@@ -284,9 +284,7 @@ def test_one_generation_alone_takes_no_changes(opened: Opened, folder: Path) -> 
 
 
 @pytest.mark.parametrize("backend", ["local"], indirect=True)
-def test_a_reader_that_was_there_before_the_first_change_follows_too(
-    opened: Opened, folder: Path
-) -> None:
+def test_a_reader_that_was_there_before_the_first_change_follows_too(opened: Opened, folder: Path) -> None:
     """It read the build alone for as long as it ran."""
     with opened(folder, take_changes=False) as holder, ThreadPoolExecutor(1) as another_thread:
         assert len(another_thread.submit(keys_of, holder).result()) == 60

@@ -29,7 +29,7 @@ ODD = {
     "short": ("lake", "who found the old lake"),
     "no title": ("", "the moon lies under the bridge"),
     "NUL and emoji": ("\0", "king \0 \N{OWL} queen"),
-    "long": ("ocean", "deep ocean " * 90_000),
+    "long": ("ocean", "deep ocean " * 5_000),
 }
 
 
