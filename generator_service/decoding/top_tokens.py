@@ -17,6 +17,8 @@ MAX_BANNED = 16
 """Banned tokens of a row; more are the processors' work."""
 MAX_KEYS = 8192
 """Candidates that the kernels can put together for a row."""
+_ROWS_AT_ONCE = 64
+"""Temporaries of a large vocabulary for more rows are memory that the CPU asks its system for anew in every call."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def fits(logits: Tensor, keep: int) -> bool:
 def logsumexp(logits: Tensor) -> Tensor:
     """Over the vocabulary, in float32: logits [rows, vocab] of any dtype -> [rows]."""
     if not has_kernels(logits.device):
-        return logits.float().logsumexp(dim=-1)
+        return torch.cat([part.float().logsumexp(dim=-1) for part in torch.split(logits, _ROWS_AT_ONCE)])
     from generator_service.decoding import top_kernels  # noqa: PLC0415
 
     return top_kernels.logsumexp(logits)

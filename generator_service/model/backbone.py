@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from generator_service.model.cross_attention_scores import CrossAttentionScores
 from generator_service.model.kv_cache import ContextStates, SelfCache
+
+_Item = TypeVar("_Item")
 
 
 @dataclass
@@ -91,14 +93,41 @@ class Backbone(Protocol):
         """Bytes that one decoded row of one context holds."""
 
 
+_CPU_ROWS = 680
+"""Rows that the CPU takes through the layers at a time: activations of many more leave its caches unread."""
+
+
 class AttentionBackbone(nn.Module):
-    """What our own decoders share: caches of keys and values, and their sizes. Subclasses set the attributes."""
+    """What our own decoders share: parts that fit the CPU's caches, caches of keys and values, and their sizes.
+
+    Subclasses set the attributes and write encode_together and decode_together.
+    """
 
     num_layers: int
     heads: int
     head_dim: int
     embedding: nn.Parameter
     page_slots: int = 1
+
+    def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
+        """As Backbone.encode."""
+        parts = self._parts(contexts, [int(c.shape[0]) for c in contexts])
+        return [states for part in parts for states in self.encode_together(part)]
+
+    def encode_together(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
+        """As Backbone.encode, of contexts that go through the layers at once."""
+        raise NotImplementedError
+
+    def decode(self, batch: RowBatch) -> Tensor:
+        """As Backbone.decode."""
+        parts = list(self._parts(batch.blocks, [b.num_rows for b in batch.blocks]))
+        if len(parts) == 1:
+            return self.decode_together(batch)
+        return torch.cat([self.decode_together(RowBatch(part)) for part in parts])
+
+    def decode_together(self, batch: RowBatch) -> Tensor:
+        """As Backbone.decode, of rows that go through the layers at once."""
+        raise NotImplementedError
 
     def new_cache(self, num_contexts: int) -> SelfCache:
         """As Backbone.new_cache."""
@@ -118,3 +147,14 @@ class AttentionBackbone(nn.Module):
     def slot_bytes(self) -> int:
         """As Backbone.slot_bytes: a key and a value in every layer."""
         return 2 * self.num_layers * self.heads * self.head_dim * int(self.embedding.element_size())
+
+    def _parts(self, items: Sequence[_Item], rows: Sequence[int]) -> Iterator[Sequence[_Item]]:
+        """Items in order, in parts of at most _CPU_ROWS rows, or of one item that has more; on a GPU all at once."""
+        start = taken = 0
+        if self.embedding.device.type == "cpu":
+            for end, count in enumerate(rows):
+                if end > start and taken + count > _CPU_ROWS:
+                    yield items[start:end]
+                    start, taken = end, 0
+                taken += count
+        yield items[start:]

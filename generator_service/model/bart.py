@@ -103,8 +103,8 @@ class BartBackbone(AttentionBackbone):
         head = model.lm_head.weight
         self.head = linears.projection(head, model.final_logits_bias[0].to(head.dtype))
 
-    def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
-        """As Backbone.encode."""
+    def encode_together(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
+        """As AttentionBackbone.encode_together."""
         lengths = [int(c.shape[0]) for c in contexts]
         positions = torch.cat([self.encoder_positions[self.offset : self.offset + n] for n in lengths])
         hidden = self.encoder_norm(
@@ -117,8 +117,8 @@ class BartBackbone(AttentionBackbone):
         )
         return [ContextStates(n, cross, None) for n, cross in zip(lengths, projected, strict=True)]
 
-    def decode(self, batch: RowBatch) -> Tensor:
-        """As Backbone.decode."""
+    def decode_together(self, batch: RowBatch) -> Tensor:
+        """As AttentionBackbone.decode_together."""
         positions = F.embedding(batch.positions() + self.offset, self.decoder_positions)
         hidden = self.decoder_norm(F.embedding(batch.token_ids(), self.embedding) * self.scale + positions)
         masks = [attention.ancestry_mask(block.ancestry, hidden.dtype) for block in batch.blocks]

@@ -109,8 +109,8 @@ class T5Backbone(AttentionBackbone):
         scaled = bool(getattr(config, "scale_decoder_outputs", False))  # mT5's decoder never scales
         self.output_scale = float(config.d_model) ** -0.5 if scaled else 1.0
 
-    def encode(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
-        """As Backbone.encode."""
+    def encode_together(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
+        """As AttentionBackbone.encode_together."""
         lengths = [int(c.shape[0]) for c in contexts]
         positions = torch.arange(max(lengths), device=self.embedding.device)
         bias = self.encoder_bias(positions, positions).to(self.embedding.dtype).contiguous()
@@ -121,8 +121,8 @@ class T5Backbone(AttentionBackbone):
         states = attention.cross_states(projected, lengths, self.num_layers, self.heads)
         return [ContextStates(n, cross, None) for n, cross in zip(lengths, states, strict=True)]
 
-    def decode(self, batch: RowBatch) -> Tensor:
-        """As Backbone.decode."""
+    def decode_together(self, batch: RowBatch) -> Tensor:
+        """As AttentionBackbone.decode_together."""
         hidden = F.embedding(batch.token_ids(), self.embedding)
         masks = []
         for block in batch.blocks:

@@ -136,3 +136,20 @@ def test_encoded_contexts_hold_the_bytes_that_are_reckoned_with(family: str) -> 
 
 def test_general_path_is_taken_where_it_is_asked_for() -> None:
     assert as_backbone(tiny_generator("bart", 0), "general").name == "general"
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_contexts_encoded_in_parts_are_as_if_encoded_together(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = as_backbone(tiny_generator(family, 0))
+    contexts = [words(random.Random(n), n) for n in (3, 9, 4, 11, 2)]
+    with torch.inference_mode():
+        together = backbone.encode(contexts)
+        monkeypatch.setattr("generator_service.model.backbone._CPU_ROWS", 8)
+        apart = backbone.encode(contexts)
+    assert [s.length for s in apart] == [3, 9, 4, 11, 2]
+    for one, other in zip(apart, together, strict=True):
+        assert one.cross is not None
+        assert other.cross is not None
+        torch.testing.assert_close(one.cross, other.cross, atol=1e-5, rtol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from generator_service.model.linears import Int8Linear, PackedLinear, projection, with_linears
+from generator_service.model.linears import Int8Linear, PackedLinear, PlainProduct, projection, with_linears
 from generator_service.model.loader import as_backbone
 from generator_service.types import Quantization
 from tests.parity.tiny_models import tiny_generator
@@ -41,6 +41,22 @@ def test_int8_row_does_not_depend_on_its_neighbours() -> None:
     with torch.inference_mode():
         together = layer(torch.cat([quiet, 1000 * torch.randn(3, 32)]))
     assert torch.equal(together[:1], layer(quiet))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 160, 333])
+def test_int8_products_are_one_on_every_processor(rows: int) -> None:
+    """Bytes as they are and bytes moved by 128 give the same exact sums, to the largest that there are."""
+    torch.manual_seed(rows)
+    linear, x = nn.Linear(768, 50), torch.randint(-127, 128, (rows, 768)).to(torch.int8)
+    x[0] = 127
+    with torch.no_grad():
+        linear.weight[0] = linear.weight.abs().max()
+    with torch.inference_mode():
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        quantized = (linear.weight / scale).round().to(torch.int8)
+        torch.testing.assert_close(
+            Int8Linear(linear).product(x.clone()), PlainProduct(quantized, scale)(x), atol=0, rtol=1e-6
+        )
 
 
 def test_int8_row_of_zeros_is_the_bias() -> None:
