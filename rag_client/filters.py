@@ -9,6 +9,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from rag.filter.v1 import filter_pb2
 
 _BOUNDS = {"$gt": "gt", "$gte": "gte", "$lt": "lt", "$lte": "lte"}
@@ -21,7 +23,10 @@ def metadata_filter(given: Mapping[str, Any] | filter_pb2.Filter) -> filter_pb2.
         return given
     if not hasattr(given, "items") or not given:
         raise TypeError(f"a filter is a mapping with at least one key, got {given!r}")
-    return _all([_condition(str(key), value) for key, value in given.items()])
+    try:
+        return _all([_condition(str(key), value) for key, value in given.items()])
+    except (DecodeError, RecursionError) as error:  # protobuf copies no message of more than 100 levels
+        raise ValueError("the filter is nested too deep to be sent") from error
 
 
 def _condition(key: str, value: Any) -> filter_pb2.Filter:

@@ -17,6 +17,7 @@ from rag_serving.interceptors.deadline import DeadlineInterceptor
 from rag_serving.interceptors.errors import ErrorInterceptor
 from rag_serving.interceptors.in_flight import InFlightInterceptor
 from rag_serving.interceptors.metrics import MetricsInterceptor
+from rag_serving.interceptors.parsing import ParsingInterceptor
 from rag_serving.interceptors.request_id import RequestIdInterceptor
 from rag_serving.metrics import Metrics
 
@@ -61,6 +62,7 @@ class GrpcServer:
                 ErrorInterceptor(),
                 *interceptors,
                 DeadlineInterceptor(settings.max_rpc_timeout_s),
+                ParsingInterceptor(),
             ],
             options=_options(settings),
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,

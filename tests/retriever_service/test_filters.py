@@ -242,3 +242,11 @@ def test_mapping_of_the_client_is_the_filter_of_the_service(given: dict[str, Any
 def test_mapping_that_is_no_filter_is_refused_by_the_client(given: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         metadata_filter(given)
+
+
+def test_a_filter_that_no_message_can_hold_is_a_value_error() -> None:
+    deep: dict[str, Any] = {"x": 1}
+    for _ in range(400):
+        deep = {"$not": deep}
+    with pytest.raises(ValueError, match="nested too deep"):
+        metadata_filter(deep)
