@@ -23,12 +23,13 @@ from generator_service.request_checks import (
     check_priority,
     check_settings,
 )
-from generator_service.tokenization import TextTokenizer
-from generator_service.types import Compatibility, Hypothesis, QuestionScore, Strategy
+from generator_service.request_inputs import RequestInputs
+from generator_service.request_targets import RequestTargets
+from generator_service.score_calls import ScoreCalls
+from generator_service.types import Compatibility, Hypothesis, Strategy
 from rag.generator.v1 import forward_pb2, generator_service_pb2, generator_service_pb2_grpc
-from rag.tensor.v1 import tensor_pb2
 from rag_serving import tensor_codec
-from rag_serving.errors import FailedPreconditionError, InvalidArgumentError
+from rag_serving.errors import InvalidArgumentError
 from rag_serving.interceptors.base import Context
 
 SERVICE_NAME: str = generator_service_pb2.DESCRIPTOR.services_by_name["GeneratorService"].full_name
@@ -71,12 +72,24 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         self._forward = forward
         self._limits, self._checkpoint = model.limits, model.checkpoint
         self._defaults = GenerationDefaults(model.checkpoint)
+        self._inputs = RequestInputs(
+            answerer, model.checkpoint, model.limits, default_n_docs=model.default_n_docs
+        )
+        self._targets = RequestTargets(model.checkpoint, model.limits, self._defaults)
+        self._score = ScoreCalls(
+            answerer,
+            model.checkpoint,
+            self._inputs,
+            self._targets,
+            self._defaults,
+            vocab_size=model.ready.vocab_size,
+        )
 
     async def EncodeQuestions(  # noqa: N802  (the contract's name)
         self, request: generator_service_pb2.EncodeQuestionsRequest, _context: Context
     ) -> generator_service_pb2.EncodeQuestionsResponse:
         """Encodes questions into the retriever's space."""
-        questions = self._read_questions(request, "question", request.WhichOneof("question"))
+        questions = self._inputs.questions(request, "question", request.WhichOneof("question"))
         hidden = await self._answerer.encode(questions, Stages())
         width = max(len(row) for row in questions.input_ids)
         ids = np.zeros((len(questions.input_ids), width), dtype=np.int64)
@@ -152,7 +165,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         options = self._read_options(request)
         pinning.check_checkpoint(request, self._checkpoint.digest)
         pad = options.settings.pad_token_id if options.compatibility is Compatibility.HF else None
-        questions, contexts = await self._contexts(request, stages, pad_token_id=pad)
+        questions, contexts = await self._inputs.contexts(request, stages, pad_token_id=pad)
         pinning.check_contexts(request, stages.generation, contexts)
         for question in contexts:
             check_settings(options.settings, options.strategy, len(question.contexts), self._limits)
@@ -202,42 +215,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         self, request: generator_service_pb2.ScoreRequest, _context: Context
     ) -> generator_service_pb2.ScoreResponse:
         """Gives the marginal log-likelihood and the loss of given targets."""
-        check_priority(request.priority)
-        strategy = (
-            wire.read_enum(wire.STRATEGIES, request.strategy, "strategy") or self._checkpoint.default_strategy
-        )
-        compatibility = wire.read_enum(wire.COMPATIBILITIES, request.compatibility, "compatibility")
-        epsilon = (
-            request.label_smoothing
-            if request.HasField("label_smoothing")
-            else self._checkpoint.label_smoothing
-        )
-        if not 0 <= epsilon < 1:
-            raise InvalidArgumentError("label_smoothing", "must be at least 0 and below 1", epsilon)
-        pad = self._defaults.resolve({}, strategy, 0).pad_token_id
-        stages = Stages()
-        self._check_has_target(request)
-        _, contexts = await self._contexts(request, stages, pad_token_id=None)
-        labels = self._read_labels(request, len(contexts), pad, compatibility)
-        scores = await self._answerer.score(
-            contexts,
-            labels,
-            strategy=strategy,
-            compatibility=compatibility,
-            pad_token_id=pad,
-            exclude_first=self._exclude_first(request, strategy, compatibility, labels),
-            priority=request.priority,
-        )
-        reduce = request.reduce_loss if request.HasField("reduce_loss") else self._checkpoint.reduce_loss
-        return generator_service_pb2.ScoreResponse(
-            log_likelihoods=_floats([s.log_likelihood for s in scores]),
-            loss=_floats(_losses(scores, epsilon, self._model.ready.vocab_size, reduce=reduce)),
-            document_posterior=_document_table(contexts, [s.document_posterior for s in scores], 0.0),
-            doc_scores=_document_table(contexts, [q.doc_scores for q in contexts], -np.inf),
-            strategy=wire.WIRE_STRATEGIES[strategy],
-            strategy_differs_from_checkpoint=self._differs(strategy),
-            index_generation=stages.generation,
-        )
+        return await self._score.score(request)
 
     async def Forward(  # noqa: N802
         self, request: forward_pb2.ForwardRequest, _context: Context
@@ -310,55 +288,6 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
             abstain_below=request.abstain_below,
         )
 
-    async def _contexts(
-        self,
-        request: generator_service_pb2.GenerateRequest | generator_service_pb2.ScoreRequest,
-        stages: Stages,
-        *,
-        pad_token_id: int | None,
-    ) -> tuple[Questions | None, list[QuestionContexts]]:
-        if request.WhichOneof("input") == "contexts":
-            return None, wire.read_contexts(request.contexts, self._limits)
-        settings = wire.read_retrieval(request.retrieval_config, self._model.default_n_docs, self._limits)
-        questions = self._read_questions(request, "input", request.WhichOneof("input"))
-        contexts = await self._answerer.retrieve(questions, settings, stages, pad_token_id=pad_token_id)
-        longest = max(len(c) for q in contexts for c in (q.padded_contexts or q.contexts))
-        if self._limits.max_positions is not None and longest > self._limits.max_positions:
-            raise FailedPreconditionError(
-                f"the retriever assembles contexts of {longest} tokens, the generator has {self._limits.max_positions}"
-                " positions: lower the retriever's max_combined_length",
-                reason="RETRIEVER_MISMATCH",
-            )
-        return questions, contexts
-
-    def _read_questions(
-        self,
-        request: generator_service_pb2.GenerateRequest
-        | generator_service_pb2.ScoreRequest
-        | generator_service_pb2.EncodeQuestionsRequest,
-        oneof: str,
-        which: str | None,
-    ) -> Questions:
-        if self._limits.question_max_length == 0:
-            raise FailedPreconditionError(
-                "this generator has no question encoder: send contexts", reason="NO_ENCODER"
-            )
-        if which == "question_texts":
-            return wire.read_question_texts(
-                request.question_texts.texts, self._question_tokenizer, self._limits
-            )
-        if which == "question_tokens":
-            masks_pads = self._checkpoint.question_encoder_type == "dpr"
-            pad = self._question_tokenizer.pad_token_id if masks_pads else None
-            return wire.read_question_tokens(request.question_tokens, self._limits, pad_token_id=pad)
-        raise InvalidArgumentError(oneof, "one of its fields must be set")
-
-    @property
-    def _question_tokenizer(self) -> TextTokenizer:
-        tokenizer = self._checkpoint.question_tokenizer
-        assert tokenizer is not None, "a question encoder comes with its tokenizer"
-        return tokenizer
-
     def _read_given_answers(
         self, request: generator_service_pb2.ExplainRequest, asked: _Asked
     ) -> list[list[int]] | None:
@@ -367,7 +296,7 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
         if which is None:
             return None
         pad = asked.options.settings.pad_token_id
-        labels = self._read_labels(request, len(asked.contexts), pad, Compatibility.MASKED)
+        labels = self._targets.labels(request, len(asked.contexts), pad, Compatibility.MASKED)
         for index, row in enumerate(labels):
             while len(row) > 1 and row[-1] == pad:
                 row.pop()
@@ -377,78 +306,5 @@ class GeneratorServicer(generator_service_pb2_grpc.GeneratorServiceServicer):
                 )
         return labels
 
-    @staticmethod
-    def _check_has_target(request: generator_service_pb2.ScoreRequest) -> None:
-        if request.WhichOneof("target") is None:
-            raise InvalidArgumentError("target", "one of its fields must be set")
-
-    def _read_labels(
-        self,
-        request: generator_service_pb2.ScoreRequest | generator_service_pb2.ExplainRequest,
-        batch: int,
-        pad: int,
-        compatibility: Compatibility,
-    ) -> list[list[int]]:
-        if request.WhichOneof("target") == "labels":
-            labels = wire.read_labels(request)
-            self._limits.check_labels(labels, batch, "labels")
-            return labels.tolist()  # type: ignore[no-any-return]
-        texts = list(request.target_texts.texts)
-        if len(texts) != batch:
-            raise InvalidArgumentError(
-                "target_texts.texts", f"needs one target for each of {batch} questions", len(texts)
-            )
-        rows = self._checkpoint.generator_tokenizer.encode_targets(texts)
-        if compatibility is Compatibility.MASKED:
-            # labels begin with what decoding starts from; Hugging Face takes the tokenizer's ids as they are
-            start = self._defaults.resolve({}, self._checkpoint.default_strategy, 0).decoder_start_token_id
-            rows = [row if row[:1] == [start] else [start, *row] for row in rows]
-        for index, row in enumerate(rows):
-            if len(row) > self._limits.max_target_length:
-                raise InvalidArgumentError(
-                    f"target_texts.texts[{index}]",
-                    f"at most {self._limits.max_target_length} tokens",
-                    len(row),
-                )
-        width = max(len(row) for row in rows)
-        return [row + [pad] * (width - len(row)) for row in rows]
-
-    def _exclude_first(
-        self,
-        request: generator_service_pb2.ScoreRequest,
-        strategy: Strategy,
-        compatibility: Compatibility,
-        labels: Sequence[Sequence[int]],
-    ) -> list[bool]:
-        wanted = (
-            request.exclude_bos_score
-            if request.HasField("exclude_bos_score")
-            else self._checkpoint.exclude_bos_score
-        )
-        bos = self._checkpoint.bos_token_id
-        starts = [len(row) > 1 and bos is not None and row[1] == bos for row in labels]
-        if not wanted or strategy is Strategy.RAG_TOKEN:
-            return [False] * len(labels)
-        return [all(starts)] * len(labels) if compatibility is Compatibility.HF else starts
-
     def _differs(self, strategy: Strategy) -> bool:
         return strategy is not self._checkpoint.default_strategy
-
-
-def _losses(scores: Sequence[QuestionScore], epsilon: float, vocab_size: int, *, reduce: bool) -> list[float]:
-    losses = [(1 - epsilon) * s.nll_loss + epsilon / vocab_size * s.smooth_loss for s in scores]
-    return [sum(losses)] if reduce else losses
-
-
-def _document_table(
-    questions: Sequence[QuestionContexts], rows: Sequence[Sequence[float]], absent: float
-) -> tensor_pb2.Tensor:
-    width = max(q.n_docs for q in questions)
-    table = np.full((len(questions), width), absent, dtype=np.float32)
-    for index, (question, row) in enumerate(zip(questions, rows, strict=True)):
-        table[index, question.present] = row
-    return tensor_codec.encode(table)
-
-
-def _floats(values: Sequence[float]) -> tensor_pb2.Tensor:
-    return tensor_codec.encode(np.array(values, dtype=np.float32))

@@ -13,11 +13,11 @@ from rag_client import NotFoundError
 from rag_client.hf import (
     SERVICE,
     RemoteGradientError,
-    RemoteIndex,
     RemoteRagModel,
     RemoteRagSequenceForGeneration,
     RemoteRagTokenForGeneration,
 )
+from rag_client.remote_index import RemoteIndex
 from tests.integration.conftest import TinyPair
 from tests.integration.tiny_pair import N_DOCS, QUESTIONS, tokenizer
 
