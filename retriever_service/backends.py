@@ -1,6 +1,7 @@
 """The corpus and the library that the settings name."""
 
 import functools
+import logging
 from pathlib import Path
 
 from rag_serving.errors import StartupError
@@ -9,9 +10,14 @@ from retriever_service.corpus.active import read_active
 from retriever_service.corpus.base import Corpus, CorpusLibrary
 from retriever_service.corpus.local import LocalCorpus
 from retriever_service.corpus.local_library import LocalLibrary
+from retriever_service.index.base import VectorIndex
 from retriever_service.index.faiss_index import FaissIndex
+from retriever_service.index.gpu.copy import GpuOptions
+from retriever_service.index.gpu.pool import GpuPool
 from retriever_service.milvus.connection import MilvusAddress
 from retriever_service.milvus.library import MilvusLibrary
+
+logger = logging.getLogger(__name__)
 
 
 def open_backend(settings: RetrieverSettings) -> tuple[CorpusLibrary, Corpus]:
@@ -21,9 +27,16 @@ def open_backend(settings: RetrieverSettings) -> tuple[CorpusLibrary, Corpus]:
     home = settings.index_folder
     if home is None:
         raise StartupError("--index-folder is required with --backend local")
-    corpus = _open_folder(settings, *read_active(home))
-    open_folder = functools.partial(_open_folder, settings)
-    return LocalLibrary(home, open_folder, refused=corpus.read_only_reason), corpus
+    active = read_active(home)
+    gpus = _open_gpus(settings)
+    open_folder = functools.partial(_open_folder, settings, gpus)
+    try:
+        corpus = open_folder(*active)
+    except BaseException:
+        if gpus is not None:
+            gpus.close()
+        raise
+    return LocalLibrary(home, open_folder, refused=corpus.read_only_reason, gpus=gpus), corpus
 
 
 def activation_root(settings: RetrieverSettings) -> Path | None:
@@ -54,10 +67,34 @@ def _open_milvus(settings: RetrieverSettings) -> tuple[CorpusLibrary, Corpus]:
         raise
 
 
-def _open_folder(settings: RetrieverSettings, folder: Path, number_offset: int) -> LocalCorpus:
+def _open_gpus(settings: RetrieverSettings) -> GpuPool | None:
+    """Takes the GPUs that indexes are put on; None where there are none to take, and the log says why."""
+    if not settings.index_devices:
+        return None
+    if settings.memory_map:
+        logger.warning(
+            "indexes stay on the CPU: --memory-map reads pages as they are used, a GPU needs them all"
+        )
+        return None
+    options = GpuOptions(
+        sharding=settings.index_gpu_sharding,
+        float16=settings.index_gpu_float16,
+        cagra=settings.index_gpu_cagra,
+    )
+    mib = settings.index_gpu_temp_memory_mib
+    return GpuPool.open(settings.index_devices, options, temp_memory_bytes=None if mib is None else mib << 20)
+
+
+def _open_folder(
+    settings: RetrieverSettings, gpus: GpuPool | None, folder: Path, number_offset: int
+) -> LocalCorpus:
+    def load_index(file: Path) -> VectorIndex:
+        index = FaissIndex.load(file, memory_map=settings.memory_map)
+        return index if gpus is None else gpus.place(index)
+
     return LocalCorpus(
         folder,
-        load_index=functools.partial(FaissIndex.load, memory_map=settings.memory_map),
+        load_index=load_index,
         verify=settings.verify,
         number_offset=number_offset,
         generations_kept=settings.generations_kept,

@@ -95,6 +95,25 @@ class RetrieverSettings(ServiceSettings):
         False, description="map the index file instead of reading it: a start at once, pages as they are used"
     )
 
+    index_devices: str = Field(
+        "",
+        pattern=r"^(all|(cuda:)?\d{1,4}(,(cuda:)?\d{1,4})*)?$",
+        description="GPUs that hold the index of --backend local, a copy each: 'all', or '0,1' or"
+        " 'cuda:0,cuda:1'; empty: the CPU. An index that faiss cannot put there stays on the CPU, and the log says why",
+    )
+    index_gpu_sharding: bool = Field(
+        False, description="split the index over index_devices, for its size, in place of a copy on each"
+    )
+    index_gpu_float16: bool = Field(
+        False, description="on GPUs, vectors of Flat and look-up tables of IVF,PQ in float16"
+    )
+    index_gpu_cagra: bool = Field(
+        False, description="on GPUs, build a CAGRA graph of a Flat or HNSW index; needs faiss-gpu-cuvs"
+    )
+    index_gpu_temp_memory_mib: int | None = Field(
+        None, ge=0, description="scratch memory that faiss sets aside on each GPU; none takes its own amount"
+    )
+
     read_only: bool = Field(False, description="take no changes; search what another retriever writes")
     embedding_model: str | None = Field(
         None,

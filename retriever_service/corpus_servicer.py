@@ -211,6 +211,7 @@ class CorpusServicer(retriever_service_pb2_grpc.RetrieverServiceServicer):
             writable=served.corpus.read_only_reason is None,
             generations=self._generations.numbers,
             index_folder=str(served.corpus.folder),
+            devices=served.generation.index.devices,
         )
 
     def _check_all(self, expectations: list[document_pb2.Expectation], manifest: Manifest) -> None:

@@ -91,6 +91,9 @@ class Generations:
         """Brings the gauges up to date."""
         self._metrics.index_vectors.set(self.current.generation.index.ntotal)
         self._metrics.index_generation.set(self.current.generation.number)
+        self._metrics.index_device.clear()
+        for device in self.current.generation.index.devices:
+            self._metrics.index_device.labels(device).set(1)
 
     async def close(self) -> None:
         """Closes all of them."""
@@ -118,3 +121,6 @@ class Generations:
             await asyncio.to_thread(served.corpus.release, served.generation)
         else:
             await asyncio.to_thread(served.corpus.close)
+        if self._served:
+            # The one that serves may have found room on a GPU just now.
+            self.show()

@@ -104,6 +104,7 @@ async def serve(settings: RetrieverSettings, started: Callable[[int, int], None]
                 "ntotal": current.generation.index.ntotal,
                 "generation": current.generation.number,
                 "read_only": current.corpus.read_only_reason or "",
+                "devices": ",".join(current.generation.index.devices),
             },
         )
         serving.maintenance.compact_if_due()
@@ -172,7 +173,10 @@ def _retriever(
     search_executor = None
     if settings.search_threads:
         search_executor = ThreadPoolExecutor(
-            1, "search", initializer=set_num_threads, initargs=(settings.search_threads,)
+            generation.index.parallel_searches,
+            "search",
+            initializer=set_num_threads,
+            initargs=(settings.search_threads,),
         )
     return Retriever(
         generation.index,

@@ -43,4 +43,7 @@ class RetrieverMetrics:
             "questions_in_flight", "Questions accepted and not yet answered"
         )
         self.index_vectors = metrics.gauge("index_vectors", "Vectors in the index that serves")
+        self.index_device = metrics.gauge(
+            "index_device", "1 for each device that holds the index that serves: cpu, cuda:0", ["device"]
+        )
         self.index_generation = metrics.gauge("index_generation", "Generation of the index that serves")

@@ -48,8 +48,8 @@ class RetrieverLimits:
 class Retriever:
     """Answers from one generation of an index; another generation is another Retriever.
 
-    Make it inside a running event loop. Searching has one thread, which may use several in faiss; the rest
-    of a request runs in a pool of `assembly_threads`.
+    Make it inside a running event loop. Searching has a thread for each copy of the index, which may
+    use several in faiss; the rest of a request runs in a pool of `assembly_threads`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Retriever:
         self.question_tokenizer = question_tokenizer
         self._limits = limits or RetrieverLimits()
         self._metrics = metrics
-        self._search_executor = search_executor or ThreadPoolExecutor(1, "search")
+        self._search_executor = search_executor or ThreadPoolExecutor(index.parallel_searches, "search")
         self._pool = ThreadPoolExecutor(self._limits.assembly_threads, "assemble")
         self._completions = Completions(self._pool, self._limits.assembly_threads)
         self._batcher = SearchBatcher(

@@ -29,9 +29,9 @@ class _Waiting:
 
 
 class SearchBatcher:
-    """Searches for many requests at once, one search at a time, in a thread.
+    """Searches for many requests at once, in a thread; one search at a time, or one for each copy of the index.
 
-    While a search runs, requests gather for the next. The window is waited out only where requests come
+    While searches run, requests gather for the next. The window is waited out only where requests come
     close together: one that comes alone is searched at once. A request that was cancelled while it waited
     is dropped; where a shared search fails, each of its requests is searched alone, so that only the one at
     fault fails. All methods belong to the event loop's thread.
@@ -55,7 +55,7 @@ class SearchBatcher:
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._gathered_last = 1
-        self._worker: asyncio.Task[None] | None = None
+        self._workers: list[asyncio.Task[None]] = []
 
     async def search(
         self,
@@ -65,8 +65,8 @@ class SearchBatcher:
         selection: Selection | None = None,
     ) -> Int64Array:
         """Returns rows int64 [batch, at most n_docs] of vectors float32 [batch, dim], -1 for missing hits."""
-        if self._worker is None:
-            self._worker = asyncio.create_task(self._work(), name="search batcher")
+        while len(self._workers) < self._index.parallel_searches:
+            self._workers.append(asyncio.create_task(self._work(), name="search batcher"))
         found: asyncio.Future[Int64Array] = asyncio.get_running_loop().create_future()
         self._queue.append(_Waiting(vectors, n_docs, parameters, selection, found, time.monotonic()))
         self._arrived.set()
@@ -74,9 +74,9 @@ class SearchBatcher:
 
     async def close(self) -> None:
         """Stops; requests still waiting are cancelled."""
-        if self._worker is not None:
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
         while self._queue:
             self._queue.popleft().found.cancel()
 

@@ -44,7 +44,7 @@ class LocalCorpus(Corpus):
         self,
         folder: Path,
         *,
-        load_index: Callable[[Path], FaissIndex] = FaissIndex.load,
+        load_index: Callable[[Path], VectorIndex] = FaissIndex.load,
         verify: bool = True,
         number_offset: int = 0,
         generations_kept: int = 2,
@@ -144,7 +144,7 @@ class LocalCorpus(Corpus):
                 self._store,
                 self._generation.manifest,
                 self._base.manifest.generation,
-                self._base_index().settings(),
+                self._indexes[self._generation.number].settings(),
                 progress,
                 cancelled,
                 keep=max(2, self._generations_kept),
@@ -186,8 +186,11 @@ class LocalCorpus(Corpus):
     def release(self, generation: Generation) -> None:
         """Forgets a generation: see Corpus."""
         with self._lock:
-            self._indexes.pop(generation.number, None)
+            index = self._indexes.pop(generation.number, None)
             hold = self._holds.pop(generation.number, None)
+            is_unused = index not in self._indexes.values()
+        if index is not None and is_unused:
+            index.close()
         if hold is not None:
             hold.close()
         if self._writer is not None and self._root is not None:
@@ -196,6 +199,8 @@ class LocalCorpus(Corpus):
 
     def close(self) -> None:
         """Closes everything: see Corpus."""
+        for index in set(self._indexes.values()):
+            index.close()
         for hold in self._holds.values():
             hold.close()
         self._holds.clear()
@@ -283,11 +288,13 @@ class LocalCorpus(Corpus):
         """Loads a snapshot's index and brings it up to now."""
         manifest = snapshot.manifest
         hold = contextlib.ExitStack()
-        hold.enter_context(snapshot.held())
-        try:
+        with contextlib.ExitStack() as failed:
+            failed.callback(hold.close)
+            hold.enter_context(snapshot.held())
             if self._verify:
                 snapshot.verify()
             index = LiveIndex(self._load_index(snapshot.index_file), _rows_of(snapshot))
+            failed.callback(index.close)
             _check_fits(index.base, snapshot)
             number = manifest.generation + self._offset
             with self._lock:
@@ -297,9 +304,7 @@ class LocalCorpus(Corpus):
                 self._indexes[number] = index
                 self._holds[number] = hold
                 self._store.shown = max(self._store.shown, manifest.sequence)
-        except BaseException:
-            hold.close()
-            raise
+            failed.pop_all()
         return Generation(number, index, self._store, manifest)
 
     def _catch_up(self, index: LiveIndex, changes: list[LoggedChange]) -> None:
@@ -326,12 +331,6 @@ class LocalCorpus(Corpus):
         if self._writer is None:
             raise ReadOnlyError(f"no changes here: {self._read_only_reason}")
         return self._writer
-
-    def _base_index(self) -> FaissIndex:
-        base = self._indexes[self._generation.number].base
-        if not isinstance(base, FaissIndex):
-            raise CompactionError(f"an index of class {type(base).__name__} cannot be written")
-        return base
 
 
 def _check_fits(index: VectorIndex, snapshot: Snapshot) -> None:

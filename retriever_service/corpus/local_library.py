@@ -9,6 +9,7 @@ from retriever_service.corpus.active import write_active
 from retriever_service.corpus.base import Corpus, CorpusLibrary, Generation, Progress
 from retriever_service.corpus.local import LocalCorpus
 from retriever_service.errors import DiskFullError, MissingIndexError, ReadOnlyError, is_full
+from retriever_service.index.gpu.pool import GpuPool
 from retriever_service.index.manifest import Manifest
 from retriever_service.index.snapshot import Snapshot
 
@@ -17,12 +18,21 @@ class LocalLibrary(CorpusLibrary):
     """Opens folders where they lie."""
 
     def __init__(
-        self, home: Path, open_corpus: Callable[[Path, int], LocalCorpus], *, refused: str | None
+        self,
+        home: Path,
+        open_corpus: Callable[[Path, int], LocalCorpus],
+        *,
+        refused: str | None,
+        gpus: GpuPool | None,
     ) -> None:
-        """`home` remembers what is active; `open_corpus` takes a folder and the offset of its generations' numbers."""
+        """`home` remembers what is active; `open_corpus` takes a folder and the offset of its generations' numbers.
+
+        `gpus` hold the indexes, where there are some.
+        """
         self._home = home
         self._open_corpus = open_corpus
         self._refused = refused
+        self._gpus = gpus
 
     @property
     def refused(self) -> str | None:
@@ -66,4 +76,6 @@ class LocalLibrary(CorpusLibrary):
             raise ReadOnlyError(f"{self._home} cannot be written to: {error}") from error
 
     def close(self) -> None:
-        """Nothing is shared."""
+        """Lets the GPUs go."""
+        if self._gpus is not None:
+            self._gpus.close()

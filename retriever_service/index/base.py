@@ -48,6 +48,20 @@ class VectorIndex(ABC):
         """Whether `search` can be told which rows it may find."""
         return False
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where searches run: "cpu", or GPUs such as "cuda:0"; empty where a cluster searches."""
+        return ("cpu",)
+
+    @property
+    def parallel_searches(self) -> int:
+        """Searches that gain from running at once; it never changes."""
+        return 1
+
+    def settings(self) -> dict[str, int]:
+        """Returns the index's own nprobe and ef_search; 1 where its kind has no such knob."""
+        return {"nprobe": 1, "ef_search": 1}
+
     @abstractmethod
     def check_parameters(self, parameters: SearchParameters) -> None:
         """Raises InvalidSearchParametersError where a knob does not exist on this kind or is out of range."""
@@ -67,3 +81,6 @@ class VectorIndex(ABC):
         needs `takes_selection`. Returns rows int64 and scores float32, both [batch, min(n_docs, rows there
         are)]. Raises ValueError for other shapes.
         """
+
+    def close(self) -> None:  # noqa: B027  (most have nothing to give back)
+        """Gives back what lies outside of this process's memory."""

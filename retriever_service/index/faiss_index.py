@@ -1,7 +1,6 @@
 """faiss behind the contract of a vector index: build by factory string, load, search."""
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from retriever_service.index.faiss_parts import (
     find_part,
     has_exact_scores,
     is_exhaustive,
+    reason_of,
     search_parameters,
     takes_selector,
 )
@@ -55,12 +55,17 @@ class FaissIndex(VectorIndex):
             except (RuntimeError, ValueError) as error:
                 logger.warning(
                     "faiss cannot map this index: reading it into memory",
-                    extra={"file": str(file), "reason": _reason(error)},
+                    extra={"file": str(file), "reason": reason_of(error)},
                 )
         try:
             return cls(faiss.read_index(str(file)))
         except (RuntimeError, ValueError) as error:
-            raise DamagedIndexError(file, f"faiss cannot read it: {_reason(error)}") from error
+            raise DamagedIndexError(file, f"faiss cannot read it: {reason_of(error)}") from error
+
+    @property
+    def faiss_index(self) -> Any:
+        """faiss's own object, never to be changed."""
+        return self._index
 
     @property
     def ntotal(self) -> int:
@@ -100,7 +105,7 @@ class FaissIndex(VectorIndex):
             return type(faiss.downcast_index(self._index)).__name__
 
     def settings(self) -> dict[str, int]:
-        """Returns the index's own nprobe and ef_search; 1 where its kind has no such knob."""
+        """The index's own nprobe and ef_search: see VectorIndex."""
         return {
             "nprobe": 1 if self._ivf is None else int(self._ivf.nprobe),
             "ef_search": 1 if self._hnsw is None else int(self._hnsw.hnsw.efSearch),
@@ -121,6 +126,13 @@ class FaissIndex(VectorIndex):
                 "search_parameters.nprobe", f"must be at most nlist, {self._ivf.nlist}", parameters.nprobe
             )
 
+    def check_vectors(self, vectors: Float32Array, n_docs: int) -> None:
+        """Raises ValueError for vectors of another shape, or no documents."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimension or len(vectors) == 0 or n_docs < 1:
+            raise ValueError(
+                f"cannot search {n_docs} of vectors {vectors.shape} in dimension {self.dimension}"
+            )
+
     def search(
         self,
         vectors: Float32Array,
@@ -129,10 +141,7 @@ class FaissIndex(VectorIndex):
         selection: Selection | None = None,
     ) -> tuple[Int64Array, Float32Array]:
         """Finds the rows nearest to each vector: see VectorIndex."""
-        if vectors.ndim != 2 or vectors.shape[1] != self.dimension or len(vectors) == 0 or n_docs < 1:
-            raise ValueError(
-                f"cannot search {n_docs} of vectors {vectors.shape} in dimension {self.dimension}"
-            )
+        self.check_vectors(vectors, n_docs)
         n_docs = min(n_docs, self.ntotal if selection is None else len(selection))
         if n_docs == 0:
             return np.empty((len(vectors), 0), np.int64), np.empty((len(vectors), 0), np.float32)
@@ -153,7 +162,7 @@ class FaissBuilder:
             self._index = faiss.index_factory(dimension, kind, _FAISS_METRICS[metric])
         except RuntimeError as error:
             raise BuildError(
-                f"faiss refuses kind {kind!r} at dimension {dimension}: {_reason(error)}"
+                f"faiss refuses kind {kind!r} at dimension {dimension}: {reason_of(error)}"
             ) from error
         self._kind = kind
         self._index.verbose = False
@@ -163,7 +172,7 @@ class FaissBuilder:
         try:
             self._index = faiss.read_index(str(file))
         except RuntimeError as error:
-            raise DamagedIndexError(file, f"faiss cannot read it: {_reason(error)}") from error
+            raise DamagedIndexError(file, f"faiss cannot read it: {reason_of(error)}") from error
         graph = find_part(self._index, faiss.IndexHNSW)
         if graph is not None and graph.ntotal == self.ntotal:
             # The file does not hold the generator that draws the levels of the vectors still to come.
@@ -196,7 +205,7 @@ class FaissBuilder:
             self._index.train(vectors)
         except RuntimeError as error:
             raise BuildError(
-                f"kind {self._kind!r} cannot be trained on {len(vectors)} vectors: {_reason(error)}"
+                f"kind {self._kind!r} cannot be trained on {len(vectors)} vectors: {reason_of(error)}"
             ) from error
 
     def add(self, vectors: Float32Array) -> None:
@@ -241,9 +250,3 @@ def normalized_kind(kind: str) -> str:
     spelled = {"flat": "Flat", "hnsw": "HNSW32"}
     upper = kind.upper()
     return spelled.get(kind.lower(), upper if upper.startswith("HNSW") and "," not in kind else kind)
-
-
-def _reason(error: Exception) -> str:
-    """Returns what faiss says is wrong, without the C++ function and file it says it in."""
-    said = str(error).strip().partition("\n")[0]
-    return re.sub(r"^Error in .*? at \S+:\d+: ", "", said) or type(error).__name__

@@ -1,5 +1,6 @@
 """What a composed faiss index is made of, and the parameters that reach each of its parts."""
 
+import re
 from typing import Any
 
 import faiss
@@ -87,3 +88,9 @@ def search_parameters(index: Any, parameters: SearchParameters, selector: Any = 
     if isinstance(index, faiss.IndexHNSW):
         return _faiss.SearchParametersHNSW(efSearch=parameters.ef_search or index.hnsw.efSearch, **selected)
     return _faiss.SearchParameters(**selected) if selected else None
+
+
+def reason_of(error: Exception) -> str:
+    """Returns what faiss says is wrong, without the C++ function and file it says it in."""
+    said = str(error).strip().partition("\n")[0]
+    return re.sub(r"^Error in .*? at \S+:\d+: ", "", said) or type(error).__name__

@@ -85,6 +85,20 @@ class LiveIndex(VectorIndex):
         return self._base.takes_selection
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """As of the snapshot, whose fresh vectors are the CPU's: see VectorIndex."""
+        return self._base.devices
+
+    @property
+    def parallel_searches(self) -> int:
+        """As of the snapshot: see VectorIndex."""
+        return self._base.parallel_searches
+
+    def settings(self) -> dict[str, int]:
+        """As of the snapshot: see VectorIndex."""
+        return self._base.settings()
+
+    @property
     def pending_changes(self) -> int:
         """Vectors hidden or added since the snapshot."""
         state = self._state
@@ -136,6 +150,10 @@ class LiveIndex(VectorIndex):
         order = np.argsort(-nearness, axis=1, kind="stable")[:, :kept]
         merged = np.take_along_axis(nearness, order, 1)
         return np.take_along_axis(rows, order, 1), -merged if self.metric is Metric.L2 else merged
+
+    def close(self) -> None:
+        """Closes the snapshot's index: see VectorIndex."""
+        self._base.close()
 
     def _search_base(
         self,

@@ -64,6 +64,11 @@ class MilvusIndex(VectorIndex):
         return self._manifest.metric
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """None of this machine's: the cluster knows."""
+        return ()
+
+    @property
     def has_exact_scores(self) -> bool:
         """Whether the index keeps vectors whole: see VectorIndex."""
         return self._type in {"FLAT", "HNSW", "IVF_FLAT"}

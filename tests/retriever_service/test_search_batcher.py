@@ -21,7 +21,8 @@ OWN = SearchParameters()
 class EchoIndex(VectorIndex):
     """Finds row int(vector[0]) n_docs times; 666 is a vector that it fails on; `gate` holds searches back."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_copies: int = 1) -> None:
+        self.num_copies = num_copies
         self.calls: list[tuple[int, int, SearchParameters]] = []
         self.begun = threading.Event()
         self.gate = threading.Event()
@@ -30,6 +31,10 @@ class EchoIndex(VectorIndex):
     @property
     def ntotal(self) -> int:
         return 1000
+
+    @property
+    def parallel_searches(self) -> int:
+        return self.num_copies
 
     @property
     def dimension(self) -> int:
@@ -66,7 +71,7 @@ def question(row: int, batch: int = 1) -> Float32Array:
 async def batching(
     index: VectorIndex, window_s: float = 0.01, max_batch: int = 64
 ) -> AsyncIterator[SearchBatcher]:
-    with ThreadPoolExecutor(1) as executor:
+    with ThreadPoolExecutor(index.parallel_searches) as executor:
         metrics = RetrieverMetrics(Metrics("retriever"))
         batcher = SearchBatcher(index, executor, metrics, window_s=window_s, max_batch=max_batch)
         try:
@@ -158,6 +163,20 @@ async def test_request_that_comes_alone_does_not_wait_for_the_window() -> None:
     async with batching(EchoIndex(), window_s=30) as batcher, asyncio.timeout(5):
         for row in range(5):
             assert (await batcher.search(question(row), 1, OWN)).tolist() == [[row]]
+
+
+async def test_index_with_copies_has_a_search_running_on_each() -> None:
+    index = EchoIndex(num_copies=2)
+    async with batching(index, max_batch=1, window_s=0) as batcher:
+        index.gate.clear()
+        waiting = [asyncio.create_task(batcher.search(question(row), 1, OWN)) for row in range(6)]
+        async with asyncio.timeout(5):
+            while len(index.calls) < 2:  # noqa: ASYNC110  (a thread has no event to wait for)
+                await asyncio.sleep(0.001)
+        assert not any(task.done() for task in waiting)
+        index.gate.set()
+        assert [(await task).tolist() for task in waiting] == [[[row]] for row in range(6)]
+    assert len(index.calls) == 6
 
 
 async def test_closing_cancels_what_waits() -> None:
