@@ -244,14 +244,20 @@ def make_current(snapshot: Snapshot, folder: Path, *, keep: int) -> Snapshot:
 
 
 def prune(folder: Path, *, keep: int) -> None:
-    """Removes all but the `keep` newest generations, those that a server holds, and the builds they go back to.
+    """Removes all but the `keep` newest generations, CURRENT's, those that a server holds, and the builds they
+    go back to.
 
-    The changes of a build go with it.
+    The changes of a build go with it. Where CURRENT cannot be read, nothing is removed.
     """
+    try:
+        current, _ = _read_current(folder)
+    except (OSError, DamagedIndexError):
+        return
     generations = _generations(folder)
-    needed = {_base_number(number, path) for number, path in generations[:keep]}
+    kept = [*generations[:keep], *(one for one in generations[keep:] if one[1] == current)]
+    needed = {_base_number(number, path) for number, path in kept}
     for number, path in generations[keep:]:
-        if number not in needed and not _remove_unless_held(path):
+        if path != current and number not in needed and not _remove_unless_held(path):
             needed.add(_base_number(number, path))
     left = {number for number, _ in _generations(folder)}
     for file in folder.iterdir():

@@ -49,6 +49,22 @@ def test_each_build_is_a_new_generation_and_old_ones_go(
     assert names(folder) == [".lock", "CURRENT", "generation-000003", "generation-000004"]
 
 
+def test_generation_that_current_names_is_kept_however_old(
+    folder: Path, corpus: Path, build_corpus: Build
+) -> None:
+    """A folder set back by hand to an old generation: pruning by age alone would take what serves."""
+    for _ in range(3):
+        build_corpus(corpus, folder, keep_generations=9)
+    snapshot.make_current(Snapshot.open(folder / "generation-000001"), folder, keep=1)
+    assert names(folder) == [".lock", "CURRENT", "generation-000001", "generation-000004"]
+    Snapshot.open(folder).verify()
+    (folder / "CURRENT").write_text("not a generation")
+    snapshot.prune(folder, keep=1)
+    (folder / "CURRENT").unlink()
+    snapshot.prune(folder, keep=1)
+    assert names(folder) == [".lock", "generation-000001", "generation-000004"]
+
+
 def test_one_generation_can_be_opened_by_its_own_folder(
     folder: Path, corpus: Path, build_corpus: Build
 ) -> None:
