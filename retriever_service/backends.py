@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rag_serving.errors import StartupError
 from retriever_service.config import Backend, RetrieverSettings
-from retriever_service.corpus.active import read_active
+from retriever_service.corpus.active import active_version, read_active
 from retriever_service.corpus.base import Corpus, CorpusLibrary
 from retriever_service.corpus.local import LocalCorpus
 from retriever_service.corpus.local_library import LocalLibrary
@@ -27,6 +27,7 @@ def open_backend(settings: RetrieverSettings) -> tuple[CorpusLibrary, Corpus]:
     home = settings.index_folder
     if home is None:
         raise StartupError("--index-folder is required with --backend local")
+    followed = active_version(home)
     active = read_active(home)
     gpus = _open_gpus(settings)
     open_folder = functools.partial(_open_folder, settings, gpus)
@@ -36,7 +37,11 @@ def open_backend(settings: RetrieverSettings) -> tuple[CorpusLibrary, Corpus]:
         if gpus is not None:
             gpus.close()
         raise
-    return LocalLibrary(home, open_folder, refused=corpus.read_only_reason, gpus=gpus), corpus
+    refused = corpus.read_only_reason
+    if refused is not None:
+        # It may follow to a folder whose writer has gone for a moment, and must not take its place.
+        open_folder = functools.partial(_open_folder, settings.model_copy(update={"read_only": True}), gpus)
+    return LocalLibrary(home, open_folder, refused=refused, followed=followed, gpus=gpus), corpus
 
 
 def activation_root(settings: RetrieverSettings) -> Path | None:

@@ -30,6 +30,7 @@ from retriever_service.context.tokenizer import (
 )
 from retriever_service.corpus.base import Corpus, CorpusLibrary, Generation
 from retriever_service.corpus_wire import ChangeLimits
+from retriever_service.follower import Follower
 from retriever_service.generations import Generations
 from retriever_service.index.faiss_index import set_num_threads
 from retriever_service.index.manifest import Embedding, Manifest
@@ -66,6 +67,7 @@ class Serving:
     generations: Generations
     maintenance: Maintenance
     servicer: RetrieverServicer
+    follower: Follower | None
 
     async def close(self) -> None:
         """Stops operations and changes, then the generations, and closes their corpora."""
@@ -118,12 +120,16 @@ async def serve(settings: RetrieverSettings, started: Callable[[int, int], None]
             readiness.set_unmet(_CORPUS, reason)
 
     follow = serving.maintenance.follow(settings.follow_interval_s, reached)
-    following = asyncio.create_task(follow, name="follow")
+    following = [asyncio.create_task(follow, name="follow")]
+    if serving.follower is not None:
+        run = serving.follower.run(settings.follow_interval_s)
+        following.append(asyncio.create_task(run, name="follower"))
     try:
         await serve_until_stopped(server, side_port, warm_up=warm_up)
     finally:
-        following.cancel()
-        await asyncio.wait([following])
+        for task in following:
+            task.cancel()
+        await asyncio.wait(following)
         await serving.close()
 
 
@@ -154,17 +160,19 @@ def make_serving(loaded: Loaded, settings: RetrieverSettings, metrics: Retriever
         return _retriever(generation, loaded, settings, metrics)
 
     generations = Generations(loaded.corpus, make_retriever, metrics, kept=settings.generations_kept)
+    warm_up = functools.partial(warm_up_retriever, loaded.limits)
+    follower = None if loaded.library.refused is None else Follower(generations, loaded.library, warm_up)
     maintenance = Maintenance(
         generations,
         loaded.library,
-        functools.partial(warm_up_retriever, loaded.limits),
+        warm_up,
         activation_root=activation_root(settings),
         encoder=loaded.encoder,
         compact_after=settings.compact_after,
     )
     change_limits = ChangeLimits(settings.max_change_documents, settings.max_text_bytes)
     servicer = RetrieverServicer(generations, maintenance, loaded.assembler, loaded.limits, change_limits)
-    return Serving(loaded.library, generations, maintenance, servicer)
+    return Serving(loaded.library, generations, maintenance, servicer, follower)
 
 
 def _retriever(

@@ -30,6 +30,15 @@ def read_active(home: Path) -> tuple[Path, int]:
     return Path(os.path.normpath(home / folder)), offset
 
 
+def active_version(home: Path) -> tuple[int, int] | None:
+    """Returns something that is different after each `write_active`; None before the first."""
+    try:
+        found = (home / ACTIVE_FILE).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def write_active(home: Path, folder: Path, number_offset: int) -> None:
     """Writes it, durably and at once; the folder as seen from `home`, so that both can move together."""
     content = {

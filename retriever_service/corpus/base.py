@@ -199,6 +199,13 @@ class CorpusLibrary(ABC):
         Raises as `manifest` and `Corpus.compact` do.
         """
 
+    def newer(self, current: Generation, serving: Sequence[Corpus]) -> tuple[Corpus, Generation] | None:  # noqa: ARG002
+        """Opens what another process has moved to since, where this one takes no changes; None where nothing is newer.
+
+        `current` is the last of `serving`'s. Raises as `open` does.
+        """
+        return None
+
     @abstractmethod
     def remember(self, corpus: Corpus, generation: Generation) -> None:
         """Writes down, durably and at once, that this is active, so that a restart finds it.

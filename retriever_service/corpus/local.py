@@ -168,6 +168,20 @@ class LocalCorpus(Corpus):
             self._generation = Generation(number, old.index, old.store, old.manifest)
         return self._generation
 
+    def open_newer(self) -> Generation | None:
+        """Opens the snapshot that another process has compacted this corpus into; None where there is none.
+
+        Raises MissingIndexError, DamagedIndexError.
+        """
+        snapshot = Snapshot.open(self.folder)
+        is_newer = snapshot.manifest.generation > self._generation.manifest.generation
+        if not is_newer or snapshot.manifest.base_generation != self._base.manifest.generation:
+            return None
+        # Its rows are of changes that may have begun since this corpus was opened.
+        self.follow()
+        self._generation = self._open_generation(snapshot)
+        return self._generation
+
     def follow(self) -> bool:
         """Shows searches what another process has written since: see Corpus."""
         if self._writer is not None:
@@ -298,12 +312,17 @@ class LocalCorpus(Corpus):
             _check_fits(index.base, snapshot)
             number = manifest.generation + self._offset
             with self._lock:
-                changes = self._store.changes_after(manifest.sequence)
-                self._catch_up(index, changes)
-                self._store.shown = changes[-1].sequence if changes else self._store.shown
+                shown = self._store.shown if self._indexes else manifest.sequence
+                changes = self._store.changes_after(min(shown, manifest.sequence))
+                # Another process may have written what the indexes here have not seen: all go on from one change.
+                unseen = [one for one in changes if one.sequence > shown]
+                for other in set(self._indexes.values()) if unseen else ():
+                    self._catch_up(other, unseen)
+                self._catch_up(index, [one for one in changes if one.sequence > manifest.sequence])
+                last = changes[-1].sequence if changes else 0
+                self._store.shown = max(self._store.shown, manifest.sequence, last)
                 self._indexes[number] = index
                 self._holds[number] = hold
-                self._store.shown = max(self._store.shown, manifest.sequence)
             failed.pop_all()
         return Generation(number, index, self._store, manifest)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rag_serving.errors import FailedPreconditionError
-from retriever_service.corpus.active import write_active
+from retriever_service.corpus.active import active_version, read_active, write_active
 from retriever_service.corpus.base import Corpus, CorpusLibrary, Generation, Progress
 from retriever_service.corpus.local import LocalCorpus
 from retriever_service.errors import DiskFullError, MissingIndexError, ReadOnlyError, is_full
@@ -23,15 +23,18 @@ class LocalLibrary(CorpusLibrary):
         open_corpus: Callable[[Path, int], LocalCorpus],
         *,
         refused: str | None,
+        followed: tuple[int, int] | None,
         gpus: GpuPool | None,
     ) -> None:
         """`home` remembers what is active; `open_corpus` takes a folder and the offset of its generations' numbers.
 
-        `gpus` hold the indexes, where there are some.
+        `followed` is the `active_version` of before the first was opened; `gpus`, where there are some, hold the
+        indexes.
         """
         self._home = home
         self._open_corpus = open_corpus
         self._refused = refused
+        self._followed = followed
         self._gpus = gpus
 
     @property
@@ -63,6 +66,38 @@ class LocalLibrary(CorpusLibrary):
             opened = self._open_corpus(folder, number - Snapshot.open(folder).manifest.generation)
         except MissingIndexError as error:
             raise FailedPreconditionError(error.message, reason=error.reason) from error
+        return opened, opened.generation
+
+    def newer(self, current: Generation, serving: Sequence[Corpus]) -> tuple[Corpus, Generation] | None:
+        """Opens what another retriever has compacted or activated: see CorpusLibrary.
+
+        Generations get the numbers that they have there. A build into the folder that serves is not followed:
+        nor does the other one, until the folder is activated.
+        """
+        if self._refused is None:
+            return None
+        version = active_version(self._home)
+        if version != self._followed:
+            activated = self._activated(current, serving)
+            if activated is not None:
+                return activated
+            self._followed = version
+        corpus = serving[-1]
+        generation = corpus.open_newer() if isinstance(corpus, LocalCorpus) else None
+        return None if generation is None else (corpus, generation)
+
+    def _activated(self, current: Generation, serving: Sequence[Corpus]) -> tuple[Corpus, Generation] | None:
+        folder, offset = read_active(self._home)
+        number = Snapshot.open(folder).manifest.generation + offset
+        for corpus in serving:
+            if not isinstance(corpus, LocalCorpus) or corpus.folder.resolve() != folder.resolve():
+                continue
+            if corpus.is_newest():
+                if corpus is serving[-1] and number == current.number:
+                    return None
+                corpus.follow()
+                return corpus, corpus.renumber(number)
+        opened = self._open_corpus(folder, offset)
         return opened, opened.generation
 
     def remember(self, corpus: Corpus, generation: Generation) -> None:
