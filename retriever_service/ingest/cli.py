@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from rag_serving.errors import RagError
+from retriever_service.corpus.local import LocalCorpus
 from retriever_service.errors import BuildError
-from retriever_service.index.faiss_index import FaissIndex, set_num_threads
+from retriever_service.index.faiss_index import set_num_threads
 from retriever_service.index.manifest import Manifest
 from retriever_service.index.snapshot import Snapshot
 from retriever_service.ingest import tune as tuning
@@ -28,7 +29,6 @@ from retriever_service.ingest.repair import repair_index
 from retriever_service.ingest.verify import verify_index
 from retriever_service.milvus.connection import MilvusAddress
 from retriever_service.milvus.library import MilvusLibrary
-from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import Metric
 
 app = typer.Typer(
@@ -254,16 +254,14 @@ def tune(
     plot: Annotated[Path | None, typer.Option(help="write recall over latency to this .svg or .png")] = None,
 ) -> None:
     """Measures recall against latency over the search knobs of an index, and recommends a setting."""
-    snapshot = Snapshot.open(folder)
-    if snapshot.manifest.base_generation is not None:
-        raise BuildError(
-            f"{folder} serves a compaction, whose rows are not those of its documents' file: tune the build"
-            f" it comes from, generation {snapshot.manifest.base_generation}"
-        )
     if threads:
         set_num_threads(threads)
-    index = FaissIndex.load(snapshot.index_file)
-    with contextlib.closing(SqliteStore(snapshot.documents_file, snapshot.manifest.dimension)) as store:
+    with contextlib.closing(LocalCorpus(folder, verify=False, take_changes=False)) as corpus:
+        index, store, manifest = (
+            corpus.generation.index,
+            corpus.generation.store,
+            corpus.generation.manifest,
+        )
         asked = (
             tuning.sampled_questions(store, num_questions)
             if questions is None
@@ -274,7 +272,7 @@ def tune(
             store,
             asked,
             n_docs,
-            lossy=any(code in snapshot.manifest.kind for code in ("PQ", "SQ")),
+            lossy=any(code in manifest.kind for code in ("PQ", "SQ")),
             progress=lambda setting: _console.print(f"trying {tune_report.flags(setting)}", style="dim"),
         )
     best = tuning.recommended(trials, target_recall)

@@ -11,7 +11,7 @@ import numpy as np
 from retriever_service.errors import BuildError, InvalidSearchParametersError
 from retriever_service.index.base import VectorIndex
 from retriever_service.ingest.reader import CorpusReader
-from retriever_service.store.sqlite import SqliteStore
+from retriever_service.store.base import DocumentStore
 from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters
 
 _VECTORS_PER_CHUNK = 16_384
@@ -43,13 +43,17 @@ class Trial:
     searches_per_s: float
 
 
-def sampled_questions(store: SqliteStore, count: int) -> Float32Array:
+def sampled_questions(store: DocumentStore, count: int) -> Float32Array:
     """Returns float32 [count, dim]: documents' embeddings, each drawn a little towards another document's.
 
-    They lie where documents lie and are none of them. Real questions tell more, where there are some.
+    They lie where documents lie and are none of them. Real questions tell more, where there are some. Raises
+    BuildError where there are no documents.
     """
+    living = store.rows()
+    if not len(living):
+        raise BuildError("the index holds no documents to draw questions from")
     rng = np.random.default_rng(_SEED)
-    rows = rng.integers(0, len(store), size=2 * count)
+    rows = living[rng.integers(0, len(living), size=2 * count)]
     near, far = np.split(store.embeddings_of(rows.tolist()), 2)
     return np.asarray((1 - _OTHER_SHARE) * near + _OTHER_SHARE * far, dtype=np.float32)
 
@@ -63,25 +67,26 @@ def given_questions(file: Path, count: int) -> Float32Array:
     return np.stack(given)
 
 
-def exact_rows(store: SqliteStore, questions: Float32Array, n_docs: int, metric: Metric) -> Int64Array:
+def exact_rows(store: DocumentStore, questions: Float32Array, n_docs: int, metric: Metric) -> Int64Array:
     """Returns the rows int64 [questions, n_docs] nearest by the stored embeddings; memory holds a chunk."""
     best_rows = np.empty((len(questions), 0), dtype=np.int64)
     best = np.empty((len(questions), 0), dtype=np.float32)
-    first = 0
-    for vectors in store.embedding_chunks(_VECTORS_PER_CHUNK):
-        rows = np.broadcast_to(np.arange(first, first + len(vectors)), (len(questions), len(vectors)))
+    living = store.rows()
+    for start in range(0, len(living), _VECTORS_PER_CHUNK):
+        chunk = living[start : start + _VECTORS_PER_CHUNK]
+        vectors = store.embeddings_of(chunk.tolist())
+        rows = np.broadcast_to(chunk, (len(questions), len(chunk)))
         best_rows = np.concatenate([best_rows, rows], axis=1)
         best = np.concatenate([best, _nearness(questions, vectors, metric)], axis=1)
         order = np.argsort(-best, axis=1, kind="stable")[:, :n_docs]
         best_rows = np.take_along_axis(best_rows, order, axis=1)
         best = np.take_along_axis(best, order, axis=1)
-        first += len(vectors)
     return best_rows
 
 
 def tune(
     index: VectorIndex,
-    store: SqliteStore,
+    store: DocumentStore,
     questions: Float32Array,
     n_docs: int,
     *,
@@ -143,7 +148,7 @@ def _takes(index: VectorIndex, parameters: SearchParameters) -> bool:
 
 
 def _trial(
-    index: VectorIndex, store: SqliteStore, questions: Float32Array, exact: Int64Array, setting: Setting
+    index: VectorIndex, store: DocumentStore, questions: Float32Array, exact: Int64Array, setting: Setting
 ) -> Trial:
     n_docs = exact.shape[1]
     found, times_s = [], []
@@ -166,12 +171,13 @@ def _trial(
 
 
 def _search(
-    index: VectorIndex, store: SqliteStore, questions: Float32Array, n_docs: int, setting: Setting
+    index: VectorIndex, store: DocumentStore, questions: Float32Array, n_docs: int, setting: Setting
 ) -> list[Int64Array]:
     """Returns the rows of each question, re-scored as a request with this rescore_factor has them."""
     parameters = SearchParameters(nprobe=setting.nprobe, ef_search=setting.ef_search)
     rows, _ = index.search(questions, n_docs * setting.rescore_factor, parameters)
-    if setting.rescore_factor == 1:
+    # Without re-scoring, too, there may be more: the changes since an approximate snapshot (see LiveIndex).
+    if rows.shape[1] <= n_docs:
         return list(rows)
     present = np.unique(rows[rows >= 0])
     vectors = store.embeddings_of(present.tolist())

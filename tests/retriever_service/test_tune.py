@@ -1,6 +1,8 @@
 """`rag-index tune`: recall against latency over the knobs."""
 
+import contextlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from retriever_service.corpus.base import Delete, NewDocument, Upsert
+from retriever_service.corpus.local import LocalCorpus
 from retriever_service.errors import BuildError
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import Snapshot
@@ -79,6 +83,32 @@ def test_command_prints_table_json_and_plot(tmp_path: Path, build_corpus: Build)
     assert found["recommended"] in found["trials"]
     assert found["recommended"]["recall"] >= 0.95
     assert plot.read_text().lstrip().startswith("<?xml")
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("Flat", 1.0), ("IVF8,PQ4x4", 0.9)])
+def test_documents_that_live_now_are_what_a_changed_index_is_tuned_on(
+    tmp_path: Path, build_corpus: Build, kind: str, expected: float
+) -> None:
+    """A compaction's rows are not its places: searches of one and truth of the other would have nothing in common."""
+    folder = tmp_path / "index"
+    build_corpus(write_jsonl(tmp_path / "c.jsonl", DOCUMENTS), folder, kind=kind)
+    with contextlib.closing(LocalCorpus(folder)) as corpus:
+        embedding = corpus.generation.manifest.embedding
+
+        def write(first: int) -> None:
+            vectors = np.random.default_rng(first).standard_normal((100, 16)).astype(np.float32)
+            added = [NewDocument(f"new-{first + place}", "", "text") for place in range(100)]
+            corpus.upsert(Upsert("", "d", added, vectors, False, embedding))
+
+        corpus.delete(Delete("", "d", [(document["key"], "") for document in DOCUMENTS[:100]]))
+        write(0)
+        corpus.compact(lambda *_: None, threading.Event())
+        corpus.delete(Delete("", "d", [(document["key"], "") for document in DOCUMENTS[100:150]]))
+        write(100)
+        told = CliRunner().invoke(cli.app, ["tune", str(folder), "--json", "--num-questions", "40"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout)
+    assert max(trial["recall"] for trial in found["trials"]) >= expected
 
 
 def test_questions_that_do_not_fit_are_refused(tmp_path: Path, build_corpus: Build) -> None:
