@@ -57,7 +57,7 @@ class Int8Linear(nn.Module):
         """float [..., in] -> float32 [..., out]."""
         rows = x.reshape(-1, x.shape[-1])
         scale = _scale(rows)
-        out: Tensor = self.product((rows / scale).round_().to(torch.int8))
+        out: Tensor = self.product((rows * scale.reciprocal()).round_().to(torch.int8))
         out = out.mul_(scale) if self.bias is None else torch.addcmul(self.bias, out, scale, out=out)
         return out.view(*x.shape[:-1], -1)
 
