@@ -1,6 +1,7 @@
 """`rag-index repair`: a damaged snapshot comes back from SQLite, with every change since it was written."""
 
 import contextlib
+import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -216,6 +217,31 @@ def test_changes_of_before_there_were_checksums_are_taken_over(
     change(live)
     live.close()
     verify_index(folder, lambda what: None)
+
+
+def test_a_backup_is_taken_beside_a_running_retriever(
+    tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
+    """As docs/operations.md says: snapshots first, then the changes."""
+    build_corpus(corpus, tmp_path / "index")
+    folder, backup = compacted(tmp_path / "index"), tmp_path / "backup"
+    live = LocalCorpus(folder)
+    shutil.copytree(folder, backup, ignore=shutil.ignore_patterns("live-*", ".*"))
+    live.delete(Delete("", "d", [("doc-7", "")]))
+    live.compact(lambda *_: None, threading.Event())
+    name = "live-000001.sqlite"
+    with (
+        contextlib.closing(sqlite3.connect(folder / name)) as source,
+        contextlib.closing(sqlite3.connect(backup / name)) as copy,
+    ):
+        source.backup(copy)
+    live.close()
+    verify_index(backup, lambda what: None)
+    restored = LocalCorpus(backup)
+    assert len(restored.generation.store) == restored.generation.index.ntotal == 58
+    assert not restored.generation.store.documents_by_key(["doc-7"])
+    change(restored)
+    restored.close()
 
 
 def test_nothing_is_repaired_under_a_retriever_that_writes(
