@@ -76,6 +76,11 @@ def field_keys(field: str) -> list[str]:
     return field.split(".")
 
 
+def is_field(field: str) -> bool:
+    """Whether a filter can name it: keys joined by dots, printable and without quotes and backslashes."""
+    return all(field.split(".")) and field.isprintable() and '"' not in field and "\\" not in field
+
+
 def kind_of(value: object) -> str | None:
     """Returns "bool", "number" or "text", or None for what no condition compares."""
     if isinstance(value, bool):

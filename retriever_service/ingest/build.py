@@ -68,7 +68,8 @@ class CorpusEncoder(Protocol):
 class BuildOptions:
     """What to build. `nprobe` and `ef_search` become the index's own settings, where its kind has them.
 
-    `embeddings_dtype` is what SQLite stores, float32 or float16; the index is built from what is stored.
+    `embeddings_dtype` is what SQLite stores, float32 or float16; the index is built from what is stored. Filters
+    on the fields of `filter_indexes` are answered from an index of their own.
     """
 
     kind: str = "Flat"
@@ -79,6 +80,7 @@ class BuildOptions:
     faiss_file: Path | None = None
     embeddings_dtype: str = "float32"
     checkpoint_s: float = 60.0
+    filter_indexes: tuple[str, ...] = ()
 
     def vectors(self) -> VectorOptions:
         """The part that the faiss index is built by."""
@@ -109,7 +111,7 @@ def build_index(
             return snapshot.make_current(finished, folder, keep=options.keep_generations)
         documents_file = work / snapshot.DOCUMENTS_FILE
         if not documents_file.exists():
-            _write_documents(reader, documents_file, encoder, options.embeddings_dtype, progress)
+            _write_documents(reader, documents_file, encoder, options, progress)
         dimension = stored_dimension(documents_file, options.embeddings_dtype)
         with contextlib.closing(SqliteStore(documents_file, dimension)) as store:
             kind, metric = _index_vectors(store, work / snapshot.INDEX_FILE, dimension, options, progress)
@@ -134,7 +136,7 @@ def _write_documents(
     reader: CorpusReader,
     file: Path,
     encoder: Encoder | CorpusEncoder | None,
-    embeddings_dtype: str,
+    options: BuildOptions,
     progress: Progress,
 ) -> None:
     """Writes documents and embeddings, chunk by chunk, those that a killed build has not; then names the file."""
@@ -142,10 +144,10 @@ def _write_documents(
     total = reader.count()
     writer: SqliteWriter | None = None
     try:
-        writer = SqliteWriter(unfinished, embeddings_dtype)
+        writer = SqliteWriter(unfinished, options.embeddings_dtype)
         progress("documents", len(writer), total)
         for chunk, embeddings in _embedded(reader, len(writer), encoder, writer.dimension):
-            if embeddings_dtype == "float16":
+            if options.embeddings_dtype == "float16":
                 _check_float16(chunk, embeddings)
             documents = [
                 (str(row) if record.key is None else record.key, record.title, record.text, record.metadata)
@@ -154,7 +156,7 @@ def _write_documents(
             writer.append(documents, embeddings)
             progress("documents", len(writer), total)
         _check_not_empty(writer, reader)
-        writer.finish()
+        writer.finish(options.filter_indexes)
         unfinished.rename(file)
     except sqlite3.OperationalError as error:
         # What is written stays: the build goes on once there is room.
@@ -242,7 +244,13 @@ def _embedding(encoder: Encoder | CorpusEncoder | None, name: str | None) -> Emb
 
 def _recipe(reader: CorpusReader, embedding: Embedding, options: BuildOptions) -> str:
     """Returns a digest of all that decides what the documents and their embeddings are."""
-    parts = [reader.fingerprint(), embedding.model_dump(mode="json"), options.embeddings_dtype, _created_by()]
+    parts = [
+        reader.fingerprint(),
+        embedding.model_dump(mode="json"),
+        options.embeddings_dtype,
+        options.filter_indexes,
+        _created_by(),
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

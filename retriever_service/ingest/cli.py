@@ -16,6 +16,7 @@ from rich.table import Table
 from rag_serving.errors import RagError
 from retriever_service.corpus.local import LocalCorpus
 from retriever_service.errors import BuildError
+from retriever_service.filters import is_field
 from retriever_service.index.faiss_index import set_num_threads
 from retriever_service.index.manifest import Manifest
 from retriever_service.index.snapshot import Snapshot
@@ -114,6 +115,9 @@ def build(
     embeddings_dtype: Annotated[
         EmbeddingsDtype, typer.Option(help="how embeddings are stored; float16 takes half the room")
     ] = EmbeddingsDtype.FLOAT32,
+    filter_indexes: Annotated[
+        str, typer.Option(help="metadata fields to index for filters, for example year,source.name")
+    ] = "",
     passage_words: Annotated[
         int | None,
         typer.Option(min=1, help="cut texts into passages of at most so many words; pages: 100"),
@@ -160,7 +164,15 @@ def build(
     elif embedding_model_name is None:
         raise BuildError("give --embedding-model, or --embedding-model-name where the corpus has embeddings")
     options = BuildOptions(
-        kind, metric, nprobe, ef_search, keep_generations, faiss_file, embeddings_dtype.value, checkpoint_s
+        kind,
+        metric,
+        nprobe,
+        ef_search,
+        keep_generations,
+        faiss_file,
+        embeddings_dtype.value,
+        checkpoint_s,
+        _fields(filter_indexes),
     )
     with shown_progress(_console) as progress:
         snapshot = build_index(
@@ -282,6 +294,18 @@ def tune(
         sys.stdout.write(json.dumps(tune_report.as_json(trials, best, n_docs), indent=2) + "\n")
     else:
         Console().print(tune_report.as_table(trials, best, n_docs))
+
+
+def _fields(given: str) -> tuple[str, ...]:
+    """Reads metadata fields joined by commas, each as a filter names it. Raises BuildError."""
+    fields = tuple(dict.fromkeys(given.split(","))) if given else ()
+    for field in fields:
+        if not is_field(field):
+            raise BuildError(
+                f"--filter-indexes: {field!r} is no key of the metadata, nor keys joined by dots, without quotes"
+                " and backslashes"
+            )
+    return fields
 
 
 def _table(folder: Path, manifest: Manifest) -> Table:

@@ -15,6 +15,7 @@ from retriever_service.errors import (
     KeyExistsError,
     RequestIdReusedError,
 )
+from retriever_service.store.filter_indexes import create_filter_indexes, indexed_fields
 from retriever_service.store.live import SCHEMA, LoggedChange, open_live
 from retriever_service.store.live_check import content_crc32
 from retriever_service.store.sqlite import meaning
@@ -40,6 +41,7 @@ class ChangeWriter:
             self._connection = open_live(changes_file, base_file)
             self._connection.execute("PRAGMA synchronous=FULL")
             self._adopt(base_digest)
+            create_filter_indexes(self._connection, "main", indexed_fields(self._connection, "base"))
         except sqlite3.DatabaseError as error:
             raise meaning(error, changes_file, "write") from error
 

@@ -32,6 +32,8 @@ class LoggedChange:
 class LiveStore(SqliteStore):
     """Reads a build and its changes: one connection for each thread, opened as threads come."""
 
+    _schema = "base"
+
     def __init__(self, base_file: Path, changes_file: Path | None, dimension: int, etag_prefix: str) -> None:
         """`changes_file` None reads the build alone. Raises DamagedIndexError naming a file that is no store."""
         self._changes_file = changes_file

@@ -97,15 +97,16 @@ def milvus_store(milvus: MilvusServer) -> Iterator[MilvusStore]:
     connection.close()
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> SqliteStore:
+@pytest.fixture(scope="module", params=[(), ("year", "mixed", "source.name", "language")])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SqliteStore:
+    """Without indexes, and with some: they change what is read, never what is found."""
     file = tmp_path_factory.mktemp("filters") / "documents.sqlite"
     writer = SqliteWriter(file)
     documents = [
         (f"doc-{row}", "", "", None if one is None else json.dumps(one)) for row, one in enumerate(METADATA)
     ]
     writer.append(documents, np.zeros((len(documents), 2), np.float32))
-    writer.finish()
+    writer.finish(request.param)
     return SqliteStore(file, 2)
 
 
