@@ -112,9 +112,9 @@ def main() -> None:
         ):
             rows.append(asdict(row))
             Console(stderr=True).print(f"{row.strategy} {row.batch} {row.idea}: {row.gain:.2f}")
+            report.write(rows, arguments.json)  # now, as a long run may be cut off
     machine = torch.cuda.get_device_name(device) if on_cuda else describe(arguments.threads)
     report.show(machine, rows, Console(width=150))
-    report.write(rows, arguments.json)
 
 
 if __name__ == "__main__":
