@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from generator_service.engine.request import Request
+from generator_service.engine.room import Room
 
 
 class CacheManager:
     """Bytes of the device's caches: contexts' keys and values, and the rows' own.
 
-    Where the device lends pages of page_slots slots, every context and cache is reckoned up to a whole page.
+    Where the device lends pages of page_slots slots, every context and cache is reckoned up to a whole page. Large
+    requests leave some of the budget to small ones (see Room).
     """
 
     def __init__(
         self, *, budget_bytes: int, bytes_per_context_token: int, bytes_per_slot: int, page_slots: int = 1
     ) -> None:
         self.budget_bytes = budget_bytes
-        self.reserved_bytes = 0
+        self._room = Room(budget_bytes)
         self._context_token = bytes_per_context_token
         self._slot = bytes_per_slot
         self._page_slots = page_slots
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the requests that run."""
+        return self._room.taken
+
+    @property
+    def max_request_bytes(self) -> int:
+        """What one request may hold."""
+        return self._room.largest
 
     def required_bytes(self, request: Request) -> int:
         """What the request holds at its longest."""
@@ -29,18 +41,18 @@ class CacheManager:
 
     def can_ever_fit(self, request: Request) -> bool:
         """Whether an empty device would take it."""
-        return self.required_bytes(request) <= self.budget_bytes
+        return self.required_bytes(request) <= self._room.largest
 
     def reserve(self, request: Request) -> bool:
         """Set its bytes aside; False where they are not there now."""
         needed = self.required_bytes(request)
-        if self.reserved_bytes + needed > self.budget_bytes:
+        if not self._room.fits(needed):
             return False
         request.reserved_bytes = needed
-        self.reserved_bytes += needed
+        self._room.take(needed)
         return True
 
     def release(self, request: Request) -> None:
         """Give its bytes back; doing so twice changes nothing."""
-        self.reserved_bytes -= request.reserved_bytes
+        self._room.give(request.reserved_bytes)
         request.reserved_bytes = 0

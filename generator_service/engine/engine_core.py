@@ -47,11 +47,11 @@ class EngineCore:
             except PassRefusedError as error:
                 return _refused(work.request_id, error)
         if not self._cache.can_ever_fit(request):
-            needed, budget = self._cache.required_bytes(request), self._cache.budget_bytes
+            needed, most = self._cache.required_bytes(request), self._cache.max_request_bytes
             field = "input" if request.pass_bytes else "generation_config"
             message = (
-                f"it needs {needed} bytes of cache on the device, which has {budget} in all: ask with fewer"
-                " documents, beams or tokens"
+                f"it needs {needed} bytes of cache on the device, which has {most} for one request: ask with"
+                " fewer documents, beams or tokens"
             )
             return Failed(request_id=work.request_id, status="INVALID_ARGUMENT", message=message, field=field)
         self._scheduler.add_request(request)

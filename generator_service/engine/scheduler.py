@@ -11,6 +11,7 @@ from generator_service.engine.cache_manager import CacheManager
 from generator_service.engine.messages import EncodeQuestion
 from generator_service.engine.queue import WaitingQueue
 from generator_service.engine.request import Request, RequestState
+from generator_service.engine.room import Room
 from generator_service.types import Batching
 
 _MAX_BLOCKED = 16
@@ -21,9 +22,11 @@ _MAX_BLOCKED = 16
 class SchedulerLimits:
     """What one step may hold; each bound lets at least one request through, however large.
 
-    A level of priority is worth priority_step_s seconds of waiting. A request that does not fit is passed by smaller
-    ones behind it, by max_passes of them at most; then room is kept for it. Batching.GATHER is the classic dynamic
-    batcher, there to compare with: whatever waits and fits runs as one batch, and nothing joins until it is through.
+    A level of priority is worth priority_step_s seconds of waiting. Large requests leave some rows to small ones, as
+    they do with the cache (see Room); one that is wider than max_rows counts as the widest that does. A request that
+    does not fit is passed by smaller ones behind it, by max_passes of them at most; then room is kept for it.
+    Batching.GATHER is the classic dynamic batcher, there to compare with: whatever waits and fits runs as one batch,
+    and nothing joins until it is through.
     """
 
     max_rows: int = 1024
@@ -93,7 +96,7 @@ class Scheduler:
         smaller step can help. The limit grows back as questions are answered, so that there is always progress.
         """
         running = list(self.running.values())
-        self._row_limit = max(1, self.num_rows // 2)
+        self._row_limit = max(1, min(self._row_limit, self.num_rows) // 2)
         hopeless = running if len(running) == 1 and not interrupted else []
         for request in running:
             self._forget(request)
@@ -125,7 +128,7 @@ class Scheduler:
 
     def _admit(self, schedule: Schedule) -> None:
         """Let in what fits, in the queue's order; what does not is passed by smaller ones, but not for ever."""
-        rows, tokens = self.num_rows, 0
+        rows, tokens = self._rows(), 0
         gathers = self._limits.batching is Batching.GATHER
         closed = gathers and bool(self.running)
         max_tokens = float("inf") if gathers else self._limits.max_context_tokens
@@ -143,17 +146,25 @@ class Scheduler:
                 tokens += sum(request.context_lengths)
                 if schedule.admit and tokens > max_tokens:
                     return
-                crowded = self.running and rows + request.max_rows > self._row_limit
+                width = min(request.max_rows, rows.largest)
+                crowded = self.running and not rows.fits(width)
                 if crowded or not self.cache.reserve(request):
                     tokens -= sum(request.context_lengths)
                     blocked.append(request)
                     if len(blocked) == _MAX_BLOCKED:
                         return
                     continue
-                rows += request.max_rows
+                rows.take(width)
                 for passed in blocked:
                     passed.times_passed += 1
                 self._start(request, schedule)
+
+    def _rows(self) -> Room:
+        """The rows of a step; a request that is wider than one can be leaves some of them to others, too."""
+        rows = Room(self._row_limit)
+        for request in self.running.values():
+            rows.take(min(request.max_rows, rows.largest))
+        return rows
 
     def _start(self, request: Request, schedule: Schedule) -> None:
         self.waiting.remove(request.request_id)

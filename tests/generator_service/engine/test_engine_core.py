@@ -65,7 +65,7 @@ def test_a_question_that_never_fits_is_refused_with_the_numbers() -> None:
     refused = core(budget_bytes=100).add_request(work(1))
     assert isinstance(refused, Failed)
     assert refused.status == "INVALID_ARGUMENT"
-    assert "100 in all" in refused.message
+    assert "bytes of cache on the device, which has 94 for one request" in refused.message
 
 
 def test_an_aborted_request_gets_no_report_and_leaves_nothing() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
+
 from generator_service.engine.cache_manager import CacheManager
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer
 from generator_service.engine.queue import WaitingQueue
 from generator_service.engine.request import Request, RequestState
+from generator_service.engine.room import Room
 from generator_service.engine.scheduler import Scheduler, SchedulerLimits
 from generator_service.types import Batching, Compatibility, GenerationSettings, SequenceDecoding, Strategy
 
@@ -141,6 +144,84 @@ def test_a_question_wider_than_a_step_still_runs_alone() -> None:
     plan.add_request(next_one)
     assert plan.schedule().admit == [wide]
     assert plan.schedule().admit == []
+
+
+def small_ones_beside(plan: Scheduler, large: list[Request]) -> list[int]:
+    """Lets large questions begin and never end: which of ten small ones, that end a step later, run beside them."""
+    for request in large:
+        plan.add_request(request)
+    assert plan.schedule().admit == large
+    for request_id in range(100, 110):
+        plan.add_request(question(request_id, lengths=(2,), num_beams=1, max_length=4))
+    answered: list[int] = []
+    for _ in range(10):
+        for request in plan.schedule().admit:
+            answered.append(request.request_id)
+            plan.finish(request, RequestState.FINISHED_ANSWERED)
+    return answered
+
+
+def test_small_questions_are_answered_beside_the_largest_one_that_is_admitted() -> None:
+    """A question that took the whole cache used to hold up all others until its end."""
+    largest = question(1, lengths=(1000, 1000), num_beams=8, max_length=20)
+    needed = scheduler().cache.required_bytes(largest)
+    budget = needed
+    while not scheduler(budget).cache.can_ever_fit(largest):
+        budget += 1
+    assert budget == pytest.approx(needed * 16 / 15, rel=1e-3)
+    assert small_ones_beside(scheduler(budget), [largest]) == list(range(100, 110))
+
+
+def test_small_questions_are_answered_beside_large_ones_that_would_fill_the_cache() -> None:
+    halves = [question(number, lengths=(1000,)) for number in (1, 2)]
+    budget = 2 * scheduler().cache.required_bytes(halves[0])
+    plan = scheduler(budget)
+    for request in halves:
+        plan.add_request(request)
+    assert plan.schedule().admit == halves[:1], "the second would leave nothing"
+    assert small_ones_beside(scheduler(budget), halves[:1]) == list(range(100, 110))
+
+
+def test_small_questions_are_answered_beside_one_that_is_wider_than_a_step() -> None:
+    """It used to run alone."""
+    wide = question(1, lengths=(5,) * 50, num_beams=8)
+    assert wide.max_rows > 160
+    assert small_ones_beside(scheduler(max_rows=160), [wide]) == list(range(100, 110))
+
+
+def test_a_wide_question_that_exhausts_the_device_in_company_runs_alone_in_the_end() -> None:
+    plan = scheduler(max_rows=160)
+    wide = question(1, lengths=(5,) * 50, num_beams=8)
+    plan.add_request(wide)
+    for request_id in range(100, 140):
+        plan.add_request(question(request_id))
+    for _ in range(20):
+        plan.schedule()
+        if (hopeless := plan.shed([])) or not plan.running:
+            for request in hopeless:
+                plan.finish(request, RequestState.FINISHED_FAILED)
+        if hopeless:
+            break
+    assert hopeless == [wide]
+    assert len(plan.waiting) == 40
+
+
+def test_room_is_left_by_the_large_and_taken_by_the_small() -> None:
+    room = Room(160)
+    assert (room.kept, room.largest) == (10, 150)
+    assert room.fits(150)
+    assert not room.fits(151)
+    room.take(100)
+    assert not room.fits(51)
+    room.take(10)
+    assert room.fits(50), "what small ones have is what was kept for them"
+    room.take(10)
+    assert not room.fits(41)
+    assert room.fits(10), "small ones may have more than is kept for them"
+    for amount in (10, 100, 10):
+        room.give(amount)
+    assert room.taken == 0
+    assert Room(15).largest == 15, "of little nothing is kept"
 
 
 def test_small_questions_pass_a_large_one_that_does_not_fit_but_not_for_ever() -> None:

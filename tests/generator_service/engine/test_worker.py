@@ -121,6 +121,35 @@ async def test_the_questions_of_a_worker_that_dies_are_answered_by_another_once(
         await running.stop()
 
 
+async def test_the_questions_of_the_only_worker_fail_with_a_wait_and_are_not_begun_again(
+    generator_folder: Path,
+) -> None:
+    """It starts for many seconds, longer than most callers wait: they are told, and may come again."""
+    running = engine(options(generator_folder), max_queued=5)
+    await running.start()
+    try:
+        process = running.workers[0]._process
+        assert process is not None
+        os.kill(process.pid, signal.SIGSTOP)  # so that it cannot answer before it dies
+        with running.accepted(4):
+            doomed = [asyncio.ensure_future(running.generate(work(0))) for _ in range(4)]
+            while running.num_pending < 4:  # noqa: ASYNC110  (sending has no event)
+                await asyncio.sleep(0)
+            os.kill(process.pid, signal.SIGKILL)
+            for error in await asyncio.gather(*doomed, return_exceptions=True):
+                assert isinstance(error, WorkerLostError)
+                assert (error.status, error.retry_after_s) == ("UNAVAILABLE", 2.0)
+        with pytest.raises(WorkerLostError):  # also what comes while it starts
+            await running.generate(work(0))
+        assert (running.num_retried, running.num_pending) == (0, 0)
+        while running.num_ready == 0:  # noqa: ASYNC110  (the worker has no event for it)
+            await asyncio.sleep(0.05)
+        with running.accepted(5):
+            assert (await running.generate(work(0))).hypotheses
+    finally:
+        await running.stop()
+
+
 async def test_workers_killed_at_any_moment_lose_no_reply(generator_folder: Path) -> None:
     """Every question is answered, rightly, or fails with UNAVAILABLE: whenever a worker dies, starting or working."""
     running = engine(options(generator_folder), options(generator_folder))
