@@ -12,7 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from rag_serving.config import ServiceSettings
 from rag_serving.errors import StartupError
 from rag_serving.health import LIVENESS, Readiness
-from rag_serving.interceptors.base import RpcInterceptor
+from rag_serving.interceptors.base import InterceptorChain, RpcInterceptor
 from rag_serving.interceptors.deadline import DeadlineInterceptor
 from rag_serving.interceptors.errors import ErrorInterceptor
 from rag_serving.interceptors.in_flight import InFlightInterceptor
@@ -56,13 +56,17 @@ class GrpcServer:
         self.port = 0
         self.registrar = grpc.aio.server(
             interceptors=[
-                RequestIdInterceptor(),
-                MetricsInterceptor(metrics),
-                self._in_flight,
-                ErrorInterceptor(),
-                *interceptors,
-                DeadlineInterceptor(settings.max_rpc_timeout_s),
-                ParsingInterceptor(),
+                InterceptorChain(
+                    [
+                        RequestIdInterceptor(),
+                        MetricsInterceptor(metrics),
+                        self._in_flight,
+                        ErrorInterceptor(),
+                        *interceptors,
+                        DeadlineInterceptor(settings.max_rpc_timeout_s),
+                        ParsingInterceptor(),
+                    ]
+                )
             ],
             options=_options(settings),
             maximum_concurrent_rpcs=settings.max_concurrent_rpcs,

@@ -2,47 +2,54 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Generic, TypeVar, cast
 
-_T = TypeVar("_T")
-_JOBS_AT_ONCE = 16
+_WorkT = TypeVar("_WorkT")
+_AnswerT = TypeVar("_AnswerT")
+_JOBS_AT_ONCE = 32
 """Jobs that a thread does before it hands their results over: few, so that the first need not wait long."""
 
 
 @dataclass(eq=False, slots=True)
-class _Job:
-    work: Callable[[], Any]
-    done: asyncio.Future[Any]
-    result: Any = None
+class _Job(Generic[_WorkT, _AnswerT]):
+    work: _WorkT
+    done: asyncio.Future[_AnswerT]
+    answer: _AnswerT | None = None
     error: BaseException | None = None
 
 
-class Completions:
-    """Runs short jobs in at most `max_threads` threads; those that wait are taken many at a time.
+class Completions(Generic[_WorkT, _AnswerT]):
+    """Runs short jobs in at most `max_threads` threads; those that wait are done many at a time.
 
     A job of its own for each request has every thread and the event loop wait for the interpreter's lock, and
-    costs two wake-ups each. A job that was cancelled before its turn is left out. All methods belong to the event
-    loop's thread.
+    costs two wake-ups each. A job that was cancelled before its turn is left out; where jobs fail together, each
+    is done alone, so that only the one at fault fails. All methods belong to the event loop's thread.
     """
 
-    def __init__(self, executor: Executor, max_threads: int) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        max_threads: int,
+        do_all: Callable[[Sequence[_WorkT]], Sequence[_AnswerT]],
+    ) -> None:
+        """`do_all` does jobs together and returns their answers in order; it runs in the threads."""
         self._executor = executor
         self._max_threads = max_threads
-        self._waiting: deque[_Job] = deque()
+        self._do_all = do_all
+        self._waiting: deque[_Job[_WorkT, _AnswerT]] = deque()
         self._running = 0
 
-    async def run(self, work: Callable[[], _T]) -> _T:
-        """Returns what `work` returns, or raises what it raises."""
+    async def run(self, work: _WorkT) -> _AnswerT:
+        """Returns the answer of one job, or raises what it raises alone."""
         loop = asyncio.get_running_loop()
-        job = _Job(work, loop.create_future())
+        job: _Job[_WorkT, _AnswerT] = _Job(work, loop.create_future())
         self._waiting.append(job)
         # Not at once: what else this turn of the loop brings goes along.
         loop.call_soon(self._start, loop)
-        result: _T = await job.done
-        return result
+        return await job.done
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._waiting and self._running < self._max_threads:
@@ -50,23 +57,31 @@ class Completions:
             self._running += 1
             self._executor.submit(self._work, jobs, loop)
 
-    def _work(self, jobs: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
-        for job in jobs:
-            if job.done.done():
-                continue
-            try:
-                job.result = job.work()
-            except BaseException as error:  # noqa: BLE001  (it belongs to the one who waits for the job)
-                job.error = error
-        loop.call_soon_threadsafe(self._deliver, jobs, loop)
+    def _work(self, jobs: list[_Job[_WorkT, _AnswerT]], loop: asyncio.AbstractEventLoop) -> None:
+        awaited = [job for job in jobs if not job.done.done()]
+        self._do(awaited)
+        loop.call_soon_threadsafe(self._deliver, awaited, loop)
 
-    def _deliver(self, jobs: list[_Job], loop: asyncio.AbstractEventLoop) -> None:
+    def _do(self, jobs: list[_Job[_WorkT, _AnswerT]]) -> None:
+        if not jobs:
+            return
+        try:
+            for job, answer in zip(jobs, self._do_all([job.work for job in jobs]), strict=True):
+                job.answer = answer
+        except BaseException as error:  # noqa: BLE001  (it belongs to the one who waits for the job)
+            if len(jobs) == 1:
+                jobs[0].error = error
+                return
+            for job in jobs:
+                self._do([job])
+
+    def _deliver(self, jobs: list[_Job[_WorkT, _AnswerT]], loop: asyncio.AbstractEventLoop) -> None:
         self._running -= 1
         for job in jobs:
             if job.done.done():
                 continue
-            if job.error is None:
-                job.done.set_result(job.result)
-            else:
+            if job.error is not None:
                 job.done.set_exception(job.error)
+            else:
+                job.done.set_result(cast(_AnswerT, job.answer))
         self._start(loop)

@@ -171,6 +171,14 @@ class RetrieverSettings(ServiceSettings):
         4096, ge=1, description="questions accepted and not yet answered, before RESOURCE_EXHAUSTED"
     )
     search_threads: int = Field(0, ge=0, description="threads of one search in faiss; 0 takes every core")
+    document_cache_bytes: int = Field(
+        128 << 20,
+        ge=0,
+        description="memory for documents and embeddings that were read, in bytes; 0 keeps none",
+    )
+    context_cache_bytes: int = Field(
+        128 << 20, ge=0, description="memory for documents that were tokenized, in bytes; 0 keeps none"
+    )
     assembly_threads: int = Field(2, ge=1, le=256, description="threads that fetch, score and assemble")
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from rag_serving.process import run_service, serve_until_stopped
 from rag_serving.server import GrpcServer
 from rag_serving.sideport import SidePort
 from retriever_service.backends import activation_root, open_backend
+from retriever_service.bounded_cache import BoundedCache
 from retriever_service.config import ENV_PREFIX, Backend, RetrieverSettings
 from retriever_service.context.assembler import ContextAssembler
 from retriever_service.context.tokenizer import (
@@ -38,6 +39,7 @@ from retriever_service.maintenance import Encoder, Maintenance
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.retriever import Retriever, RetrieverLimits
 from retriever_service.servicer import SERVICE_NAME, RequestLimits, RetrieverServicer
+from retriever_service.store.passage_reader import PassageCache
 from retriever_service.types import Query
 
 logger = logging.getLogger(__name__)
@@ -155,9 +157,10 @@ def load(settings: RetrieverSettings) -> Loaded:
 
 def make_serving(loaded: Loaded, settings: RetrieverSettings, metrics: RetrieverMetrics) -> Serving:
     """Puts together what serves, inside the running event loop."""
+    passage_cache: PassageCache = BoundedCache(settings.document_cache_bytes)
 
     def make_retriever(generation: Generation) -> Retriever:
-        return _retriever(generation, loaded, settings, metrics)
+        return _retriever(generation, loaded, settings, metrics, passage_cache)
 
     generations = Generations(loaded.corpus, make_retriever, metrics, kept=settings.generations_kept)
     warm_up = functools.partial(warm_up_retriever, loaded.limits)
@@ -176,7 +179,11 @@ def make_serving(loaded: Loaded, settings: RetrieverSettings, metrics: Retriever
 
 
 def _retriever(
-    generation: Generation, loaded: Loaded, settings: RetrieverSettings, metrics: RetrieverMetrics
+    generation: Generation,
+    loaded: Loaded,
+    settings: RetrieverSettings,
+    metrics: RetrieverMetrics,
+    passage_cache: PassageCache,
 ) -> Retriever:
     search_executor = None
     if settings.search_threads:
@@ -203,6 +210,7 @@ def _retriever(
             recall_sample_rate=settings.recall_sample_rate if settings.backend is Backend.LOCAL else 0.0,
         ),
         search_executor=search_executor,
+        passage_cache=passage_cache,
     )
 
 
@@ -248,6 +256,7 @@ def _assembler(settings: RetrieverSettings, defaults: ContextDefaults) -> Contex
         title_sep=_first(settings.title_sep, defaults.title_sep, " / "),
         doc_sep=_first(settings.doc_sep, defaults.doc_sep, " // "),
         prefix=_first(settings.prefix, defaults.prefix, ""),
+        cache_bytes=settings.context_cache_bytes,
     )
 
 

@@ -25,7 +25,7 @@ class RetrieverMetrics:
         )
         self.assemble_seconds = metrics.histogram(
             "assemble_seconds",
-            "Time to fetch, score and assemble the documents of one request",
+            "Time to fetch, score and assemble the documents of the requests done together",
             buckets=_STEP_BUCKETS_S,
         )
         self.docs_found = metrics.histogram(

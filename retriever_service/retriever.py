@@ -6,12 +6,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
-from rag_serving.errors import DataLossError, InvalidArgumentError
+from retriever_service.bounded_cache import BoundedCache
+from retriever_service.completer import Completer, Searched
 from retriever_service.completions import Completions
-from retriever_service.context.assembler import ContextAssembler, ContextParts
+from retriever_service.context.assembler import ContextAssembler
 from retriever_service.context.tokenizer import QuestionTokenizer
 from retriever_service.errors import NoQuestionTokenizerError, OverloadedError
 from retriever_service.exact_search import exact_search
@@ -21,16 +19,8 @@ from retriever_service.recall_sampler import RecallSampler
 from retriever_service.search_batcher import SearchBatcher
 from retriever_service.selections import Selections
 from retriever_service.store.base import DocumentStore
-from retriever_service.types import (
-    Contexts,
-    Document,
-    Float32Array,
-    Int64Array,
-    Metric,
-    Query,
-    Retrieved,
-    Selection,
-)
+from retriever_service.store.passage_reader import PassageCache, PassageReader
+from retriever_service.types import Document, Int64Array, Query, Retrieved, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +53,9 @@ class Retriever:
         question_tokenizer: QuestionTokenizer | None = None,
         limits: RetrieverLimits | None = None,
         search_executor: ThreadPoolExecutor | None = None,
+        passage_cache: PassageCache | None = None,
     ) -> None:
+        """`passage_cache` may be shared with the retrievers of other generations; none keeps nothing."""
         self.index = index
         self.store = store
         self.assembler = assembler
@@ -73,7 +65,15 @@ class Retriever:
         self._metrics = metrics
         self._search_executor = search_executor or ThreadPoolExecutor(index.parallel_searches, "search")
         self._pool = ThreadPoolExecutor(self._limits.assembly_threads, "assemble")
-        self._completions = Completions(self._pool, self._limits.assembly_threads)
+        completer = Completer(
+            PassageReader(store, passage_cache or BoundedCache(0)),
+            assembler,
+            metrics,
+            generation=generation,
+            metric=index.metric,
+            question_tokenizer=question_tokenizer,
+        )
+        self._completions = Completions(self._pool, self._limits.assembly_threads, completer.complete)
         self._batcher = SearchBatcher(
             index,
             self._search_executor,
@@ -112,8 +112,7 @@ class Retriever:
         try:
             selection = None if query.filter is None else await self._selections.of(query.filter)
             found = await self._search(query, selection)
-            work = functools.partial(self._complete, query, found)
-            retrieved = await self._completions.run(work)
+            retrieved = await self._completions.run(Searched(query, found))
             if query.score_threshold is None:
                 vectors = query.question_hidden_states
                 self._sampler.offer(vectors, query.n_docs, retrieved.rows, selection)
@@ -168,96 +167,3 @@ class Retriever:
             return await asyncio.get_running_loop().run_in_executor(self._pool, exact)
         factor = 1 if self.index.has_exact_scores else query.rescore_factor
         return await self._batcher.search(vectors, query.n_docs * factor, query.search_parameters, selection)
-
-    def _complete(self, query: Query, found: Int64Array) -> Retrieved:
-        """Fetch, score, assemble; runs in a thread."""
-        with self._metrics.assemble_seconds.time():
-            rows, doc_scores, doc_embeds = self._score(query, found)
-            documents = self._fetch(rows)
-            n_docs_found = [int(count) for count in (rows >= 0).sum(axis=1)]
-            contexts = None if query.skip_contexts else self._assemble(query, documents)
-        for count in n_docs_found:
-            self._metrics.docs_found.observe(count)
-        return Retrieved(doc_scores, rows, doc_embeds, documents, n_docs_found, contexts, self.generation)
-
-    def _score(self, query: Query, found: Int64Array) -> tuple[Int64Array, Float32Array, Float32Array]:
-        """Returns rows, exact doc_scores and doc_embeds, best first, trimmed to the most hits of a question.
-
-        Products are summed in float64 and rounded once: a score depends neither on the batch it came in nor
-        on the index's kind. Equal scores stand in row order. Of more candidates than n_docs, the nearest by
-        the index's metric are kept; those below the threshold are not.
-        """
-        present = np.unique(found[found >= 0])
-        stored = self.store.embeddings_of(present.tolist())
-        questions = query.question_hidden_states
-        doc_embeds = np.zeros(
-            (*found.shape, questions.shape[1]), dtype=np.float32
-        )  # [batch, candidates, dim]
-        doc_embeds[found >= 0] = stored[np.searchsorted(present, found[found >= 0])]
-        exact = np.einsum("bd,bnd->bn", questions, doc_embeds, dtype=np.float64)
-        with np.errstate(over="ignore"):
-            doc_scores = np.where(found >= 0, exact, -np.inf).astype(np.float32)
-        if not np.isfinite(doc_scores[found >= 0]).all():
-            raise InvalidArgumentError("question_hidden_states", "too large: a doc_score overflows float32")
-        kept = _nearest(found, exact, doc_embeds, query.n_docs, self.index.metric)
-        if query.score_threshold is not None:
-            kept &= doc_scores >= query.score_threshold
-        found, doc_scores = np.where(kept, found, -1), np.where(kept, doc_scores, np.float32(-np.inf))
-        order = np.lexsort((found, -doc_scores), axis=1)
-        order = order[:, : int(kept.sum(axis=1).max(initial=0))]
-        rows = np.take_along_axis(found, order, axis=1)
-        doc_embeds = np.take_along_axis(doc_embeds, order[:, :, None], axis=1)
-        doc_embeds[rows < 0] = 0
-        return rows, np.take_along_axis(doc_scores, order, axis=1), doc_embeds
-
-    def _fetch(self, rows: Int64Array) -> list[list[Document | None]]:
-        wanted = rows[rows >= 0].tolist()
-        read = self.store.documents_by_row(wanted, replaced=True)
-        missing = set(wanted) - set(read)
-        if missing:
-            raise DataLossError(f"the index names row {min(missing)}, which the store does not have")
-        return [[read.get(row) for row in row_of_question] for row_of_question in rows.tolist()]
-
-    def _assemble(self, query: Query, documents: list[list[Document | None]]) -> Contexts:
-        questions = self._questions(query)
-        parts = [
-            None if document is None else ContextParts(document.title, document.text, question)
-            for question, found in zip(questions, documents, strict=True)
-            for document in found
-        ]
-        contexts = self.assembler.assemble(
-            parts,
-            max_combined_length=query.max_combined_length,
-            truncation=query.truncation,
-            prefix=query.prefix,
-        )
-        cut = contexts.question_cut.reshape(len(documents), -1).any(axis=1)
-        self._metrics.questions_cut_total.inc(int(cut.sum()))
-        return contexts
-
-    def _questions(self, query: Query) -> list[str]:
-        if query.question_texts is not None:
-            return list(query.question_texts)
-        if query.question_input_ids is not None and self.question_tokenizer is not None:
-            return self.question_tokenizer.decode(query.question_input_ids)
-        raise ValueError("a query with contexts needs its questions")
-
-
-def _nearest(
-    found: Int64Array,
-    products: npt.NDArray[np.float64],
-    doc_embeds: Float32Array,
-    n_docs: int,
-    metric: Metric,
-) -> npt.NDArray[np.bool_]:
-    """Returns which of found [batch, candidates] are real and among the n_docs nearest; ties go to lower rows."""
-    kept = found >= 0
-    if found.shape[1] <= n_docs:
-        return kept
-    nearness = products
-    if metric is Metric.L2:  # less the question's own square, the same for all its candidates
-        nearness = 2 * products - np.square(doc_embeds, dtype=np.float64).sum(axis=2)
-    order = np.lexsort((found, np.where(kept, -nearness, np.inf)), axis=1)
-    best = np.zeros_like(kept)
-    np.put_along_axis(best, order[:, :n_docs], True, axis=1)
-    return kept & best

@@ -75,7 +75,10 @@ class RetrieverServicer(CorpusServicer):
             manifest = served.generation.manifest
             self.check_expectation(request.expectation, manifest)
             self._expectations.remember(request.expectation)
-            query = _read_query(request, replace(self._limits, dimension=manifest.dimension))
+            limits = self._limits
+            if limits.dimension != manifest.dimension:  # another index was activated
+                limits = replace(limits, dimension=manifest.dimension)
+            query = _read_query(request, limits)
             return _response(await served.retriever.retrieve(query), request)
 
     async def GetDocuments(  # noqa: N802

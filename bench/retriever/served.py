@@ -21,13 +21,14 @@ import grpc
 import psutil
 
 from bench.retriever.workload import CHECKPOINT, N_DOCS, Floats
-from rag.retriever.v1 import document_pb2, retriever_service_pb2_grpc
+from rag.retriever.v1 import document_pb2
 from rag.retriever.v1 import retriever_service_pb2 as messages
 from rag_serving import tensor_codec
 
 _LISTENING = re.compile(r"listening grpc=(\S+) http=(\S+)")
 _START_TIMEOUT_S = 120
 _CHANNELS = 4
+_RETRIEVE = "/rag.retriever.v1.RetrieverService/Retrieve"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Load:
 
     searches_per_s: float
     latencies_s: Sequence[float]
-    rows: dict[int, list[int]]
+    answers: dict[int, bytes]
 
     def quantile_ms(self, share: float) -> float:
         """The latency in milliseconds that this share of the answers stayed under."""
@@ -101,38 +102,59 @@ class Load:
         ordered = sorted(self.latencies_s)
         return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
+    def rows(self) -> dict[int, list[int]]:
+        """The rows of each question that was answered."""
+        return {
+            question: tensor_codec.decode(
+                messages.RetrieveResponse.FromString(answer).retrieved_doc_ids, "retrieved_doc_ids"
+            )[0].tolist()
+            for question, answer in self.answers.items()
+        }
 
-def requests(questions: Floats, texts: Sequence[str], *, contexts: bool) -> list[messages.RetrieveRequest]:
-    """One request a question, as the generator sends it."""
+
+def requests(questions: Floats, texts: Sequence[str], *, contexts: bool) -> list[bytes]:
+    """One request a question, as the generator sends it, in its wire format."""
     return [
         messages.RetrieveRequest(
             question_hidden_states=tensor_codec.encode(vector[None]),
             question_texts=document_pb2.QuestionTexts(texts=[text]),
             n_docs=N_DOCS,
             skip_contexts=not contexts,
-        )
+        ).SerializeToString()
         for vector, text in zip(questions, texts, strict=True)
     ]
 
 
-def ask(address: str, asked: Sequence[messages.RetrieveRequest], *, clients: int, seconds: float) -> Load:
-    """Each client asks, waits for the answer and asks again, for so many seconds; a fifth more warms up."""
-    return asyncio.run(_ask(address, asked, clients, seconds))
+def ask(address: str, asked: Sequence[bytes], *, clients: int, seconds: float, pause_s: float = 0.0) -> Load:
+    """Each client asks, waits for the answer, pauses and asks again, for so many seconds; a fifth more warms up.
+
+    The clients share a core with the service: they send and keep bytes, and read them once all is over.
+    """
+    return asyncio.run(ask_until(address, asked, clients, seconds, seconds / 5, pause_s))
 
 
-async def _ask(address: str, asked: Sequence[Any], clients: int, seconds: float) -> Load:
+async def ask_until(
+    address: str,
+    asked: Sequence[bytes],
+    clients: int,
+    seconds: float,
+    warm_up_s: float,
+    pause_s: float,
+    stopped: asyncio.Event | None = None,
+) -> Load:
+    """As `ask`, inside an event loop; `stopped` ends it before its time."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     channels = [grpc.aio.insecure_channel(address, options) for _ in range(min(clients, _CHANNELS))]
-    stubs = [retriever_service_pb2_grpc.RetrieverServiceStub(channel) for channel in channels]
+    calls = [channel.unary_unary(_RETRIEVE) for channel in channels]
     latencies: list[float] = []
-    rows: dict[int, list[int]] = {}
-    began_s = time.perf_counter() + seconds / 5
+    answers: dict[int, bytes] = {}
+    began_s = time.perf_counter() + warm_up_s
     ends_s = began_s + seconds
 
     async def client(number: int) -> None:
-        retrieve = stubs[number % len(stubs)].Retrieve
+        retrieve = calls[number % len(calls)]
         position = number
-        while True:
+        while stopped is None or not stopped.is_set():
             sent_s = time.perf_counter()
             if sent_s >= ends_s:
                 return
@@ -140,14 +162,15 @@ async def _ask(address: str, asked: Sequence[Any], clients: int, seconds: float)
             answered_s = time.perf_counter()
             if sent_s >= began_s and answered_s <= ends_s:
                 latencies.append(answered_s - sent_s)
-                rows[position % len(asked)] = tensor_codec.decode(
-                    answer.retrieved_doc_ids, "retrieved_doc_ids"
-                )[0].tolist()
+                answers.setdefault(position % len(asked), answer)
             position += clients
+            if pause_s:
+                await asyncio.sleep(pause_s)
 
     try:
         await asyncio.gather(*(client(number) for number in range(clients)))
     finally:
         for channel in channels:
             await channel.close()
-    return Load(len(latencies) / seconds, latencies, rows)
+    lasted_s = min(time.perf_counter(), ends_s) - began_s
+    return Load(len(latencies) / lasted_s, latencies, answers)

@@ -122,7 +122,7 @@ def index(corpus: Corpus, kind: str, folder: Path) -> Path:
     return place
 
 
-def kinds(size: int) -> dict[str, str]:
+def factory_strings(size: int) -> dict[str, str]:
     """Flat, HNSW and IVF-PQ for a corpus of this size, by their short names."""
     nlist = 1 << round(np.log2(np.sqrt(size)))
     return {"Flat": "Flat", "HNSW": "HNSW32", "IVF-PQ": f"IVF{nlist},PQ48x8"}

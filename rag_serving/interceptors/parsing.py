@@ -1,7 +1,7 @@
 """Refuses messages that cannot be parsed with INVALID_ARGUMENT; gRPC alone answers UNKNOWN or INTERNAL."""
 
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from rag_serving.errors import InvalidArgumentError
-from rag_serving.interceptors.base import Context, Handler
+from rag_serving.interceptors.base import Context, Handler, HandlerWrapper
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,21 +19,16 @@ class _Unparsed:
     error: Exception
 
 
-class ParsingInterceptor(grpc.aio.ServerInterceptor):
+class ParsingInterceptor(HandlerWrapper):
     """Raises InvalidArgumentError, where the handler would run, for bytes that are no message of the method.
 
     So bytes count like any other refusal, also in the middle of a stream. Protobuf parses no message that is
     nested more than 100 deep. It stands inside of error translation.
     """
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable["Handler | None"]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> "Handler | None":
-        """Wraps the method's handler; an unknown method has none and stays UNIMPLEMENTED."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_deserializer is None:
+    def wrap(self, method: str, handler: Handler) -> Handler:
+        """Returns a handler that checks what was parsed."""
+        if handler.request_deserializer is None:
             return handler
         kind = "_".join(
             "stream" if streaming else "unary"

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from rag_serving.tokenizer_digest import tokenizer_digest
+from retriever_service.context.splitting import Splitting, splitting_of
 from retriever_service.errors import TokenizerError
 
 _PROBE = "a"
@@ -58,6 +59,10 @@ class ContextTokenizer:
         """Encodes texts without the special tokens around them, whole; without offsets it takes less time."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def splitting(self, end: str) -> Splitting:
+        """Tells where a text may be encoded in two parts, the first of which ends in the character `end`."""
+        return splitting_of(self._backend, end)
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """Returns the special tokens put before and after a single text."""

@@ -41,6 +41,9 @@ class FaissIndex(VectorIndex):
         self._ivf = find_part(index, faiss.IndexIVF)
         self._hnsw = find_part(index, faiss.IndexHNSW)
         self._takes_selection = takes_selector(index)
+        # Asked for at every search; walking the index's parts costs waits for the interpreter's lock.
+        self._has_exact_scores = has_exact_scores(index)
+        self._is_exhaustive = is_exhaustive(index)
 
     @classmethod
     def load(cls, file: Path, *, memory_map: bool = False) -> "FaissIndex":
@@ -85,12 +88,12 @@ class FaissIndex(VectorIndex):
     @property
     def has_exact_scores(self) -> bool:
         """Whether the index keeps vectors whole: see VectorIndex."""
-        return has_exact_scores(self._index)
+        return self._has_exact_scores
 
     @property
     def is_exhaustive(self) -> bool:
         """Whether every search is exact: see VectorIndex."""
-        return is_exhaustive(self._index)
+        return self._is_exhaustive
 
     @property
     def takes_selection(self) -> bool:

@@ -112,7 +112,8 @@ class LiveIndex(VectorIndex):
         """Hides rows and adds float32 [len(rows), dim], at once; rows that are not here are hidden already."""
         with self._changing:
             fresh = [row for row in hidden_rows if self._segment.holds(row)]
-            places = self._places(np.asarray([row for row in hidden_rows if row not in set(fresh)], np.int64))
+            built = [row for row in hidden_rows if not self._segment.holds(row)]
+            places = self._places(np.asarray(built, np.int64))
             hidden, num_hidden, visible = self._state.hidden, self._state.num_hidden, self._state.visible
             if len(places):
                 hidden = hidden.copy()

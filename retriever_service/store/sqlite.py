@@ -65,14 +65,20 @@ class SqliteStore(DocumentStore):
         """Returns float32 [len(rows), dimension], in the order asked: see DocumentStore."""
         found = dict(self._select("SELECT row, embedding FROM embeddings WHERE row IN", rows))
         dtypes = {self._dimension * dtype.itemsize: dtype for dtype in EMBEDDING_DTYPES.values()}
-        embeddings = np.empty((len(rows), self._dimension), dtype=np.float32)
-        for position, row in enumerate(rows):
-            blob = found.get(row)
-            if blob is None or len(blob) not in dtypes:
+        blobs: list[bytes] = []
+        for row in rows:
+            blobs.append(found.get(row, b""))
+            if len(blobs[-1]) not in dtypes:
                 raise DataLossError(
                     f"{self._file}: row {row} has no embedding of dimension {self._dimension}"
                 )
-            embeddings[position] = np.frombuffer(blob, dtype=dtypes[len(blob)])
+        embeddings = np.empty((len(rows), self._dimension), dtype=np.float32)
+        # All of one dtype at once: a compaction reads every row, and searches wait for the interpreter's lock.
+        for size, dtype in dtypes.items():
+            places = [place for place, blob in enumerate(blobs) if len(blob) == size]
+            if places:
+                joined = np.frombuffer(b"".join(blobs[place] for place in places), dtype=dtype)
+                embeddings[places] = joined.reshape(-1, self._dimension)
         return embeddings
 
     def rows(self) -> Int64Array:

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import RagRetriever
 
-from retriever_service.context.assembler import ContextAssembler, ContextParts
+from retriever_service.context.assembler import ContextAssembler
+from retriever_service.context.encoder import ContextParts
 from retriever_service.context.tokenizer import ContextTokenizer, QuestionTokenizer
 from retriever_service.types import Contexts, Truncation
 from tests.retriever_service.tiny_models import (
@@ -26,7 +27,15 @@ TOKENIZERS = {
     "bpe": bpe_tokenizer,
     "unigram": unigram_tokenizer,
 }
-SEPARATORS = [(" / ", " // "), ("", ""), ("  ", " "), (" [SEP] ", "</s>"), ("\n", " \n ")]
+SEPARATORS = [
+    (" / ", " // "),
+    (" / ", "//  "),
+    (": ", "  - q:  "),
+    ("", ""),
+    ("  ", " "),
+    (" [SEP] ", "</s>"),
+    ("\n", " \n "),
+]
 
 PIECES = st.one_of(
     st.sampled_from(
@@ -62,12 +71,21 @@ def ours(tokenizer: Any, documents: Any, questions: Any, prefix: Any, **config: 
     length = config.pop("max_combined_length")
     truncation = config.pop("truncation", Truncation.QUESTION_LAST)
     assembler = ContextAssembler(ContextTokenizer(tokenizer), **config, prefix="")
+    caching = ContextAssembler(ContextTokenizer(tokenizer), **config, prefix="", cache_bytes=1 << 20)
     parts = [
         ContextParts(title, text, question)
         for found, question in zip(documents, questions, strict=True)
         for title, text in found
     ]
-    return assembler.assemble(parts, max_combined_length=length, truncation=truncation, prefix=prefix)
+    contexts, *cached = (
+        one.assemble(parts, max_combined_length=length, truncation=truncation, prefix=prefix)
+        for one in (assembler, caching, caching)
+    )
+    for others in cached:
+        np.testing.assert_array_equal(others.input_ids, contexts.input_ids)
+        np.testing.assert_array_equal(others.attention_mask, contexts.attention_mask)
+        np.testing.assert_array_equal(others.question_cut, contexts.question_cut)
+    return contexts
 
 
 def assert_equal_up_to_padding(contexts: Contexts, expected: Any, pad_token_id: int) -> None:

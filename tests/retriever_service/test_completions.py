@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,53 +10,52 @@ import pytest
 from retriever_service.completions import Completions
 
 
-async def test_jobs_that_wait_are_taken_together_and_each_gets_its_own_result() -> None:
+async def test_jobs_that_wait_are_done_together_and_each_gets_its_own_answer() -> None:
+    done: list[int] = []
+
+    def double(numbers: Sequence[int]) -> list[int]:
+        done.append(len(numbers))
+        return [2 * number for number in numbers]
+
     with ThreadPoolExecutor(4) as pool:
-        completions = Completions(pool, 1)
-        hand_overs = 0
-        submit = pool.submit
-
-        def counting(*given: object) -> object:
-            nonlocal hand_overs
-            hand_overs += 1
-            return submit(*given)  # type: ignore[arg-type]
-
-        pool.submit = counting  # type: ignore[assignment, method-assign]
-        found = await asyncio.gather(*(completions.run(lambda number=number: number) for number in range(64)))
-        assert found == list(range(64))
-        assert hand_overs == 4
+        completions = Completions(pool, 1, double)
+        found = await asyncio.gather(*(completions.run(number) for number in range(64)))
+    assert found == [2 * number for number in range(64)]
+    assert done == [32, 32]
 
 
 async def test_failing_job_fails_alone() -> None:
+    def invert(numbers: Sequence[int]) -> list[float]:
+        return [1 / number for number in numbers]
+
     with ThreadPoolExecutor(1) as pool:
-        completions = Completions(pool, 1)
-
-        def fail() -> None:
-            raise ValueError("mine")
-
+        completions = Completions(pool, 1, invert)
         found = await asyncio.gather(
-            completions.run(lambda: 1),
-            completions.run(fail),
-            completions.run(lambda: 3),
-            return_exceptions=True,
+            *(completions.run(number) for number in (1, 0, 2)), return_exceptions=True
         )
     assert found[0] == 1
-    assert isinstance(found[1], ValueError)
-    assert found[2] == 3
+    assert isinstance(found[1], ZeroDivisionError)
+    assert found[2] == 0.5
 
 
 async def test_cancelled_job_is_left_out_and_the_rest_goes_on() -> None:
+    gate, ran = threading.Event(), []
+
+    def work(names: Sequence[str]) -> Sequence[str]:
+        gate.wait()
+        ran.extend(names)
+        return names
+
     with ThreadPoolExecutor(1) as pool:
-        completions = Completions(pool, 1)
-        gate, ran = threading.Event(), []
-        first = asyncio.create_task(completions.run(gate.wait))
+        completions = Completions(pool, 1, work)
+        first = asyncio.create_task(completions.run("first"))
         await asyncio.sleep(0.01)
-        second = asyncio.create_task(completions.run(lambda: ran.append(2)))
-        third = asyncio.create_task(completions.run(lambda: ran.append(3)))
+        second = asyncio.create_task(completions.run("second"))
+        third = asyncio.create_task(completions.run("third"))
         await asyncio.sleep(0.01)
         second.cancel()
         gate.set()
         await asyncio.gather(first, third)
         with pytest.raises(asyncio.CancelledError):
             await second
-    assert ran == [3]
+    assert ran == ["first", "third"]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rag_serving.tokenizer_digest import tokenizer_digest
-from retriever_service.context.assembler import ContextAssembler, ContextParts
+from retriever_service.context.assembler import ContextAssembler
+from retriever_service.context.encoder import ContextParts
 from retriever_service.context.tokenizer import (
     ContextDefaults,
     ContextTokenizer,
