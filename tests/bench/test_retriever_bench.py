@@ -22,5 +22,7 @@ def test_every_part_gives_its_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     assert figures["durable upserts, batches of 100"] > 0
     assert figures["search while compacting, p99"] > 0
     assert all(row["hardware"] and "--docs 600" in row["command"] for row in rows)
-    assert [row["bar"] for row in rows if row["figure"] == "index mapped, first answer after"] == ["at most 5"]
+    assert [row["bar"] for row in rows if row["figure"] == "index mapped, first answer after"] == [
+        "at most 5"
+    ]
     assert not list(tmp_path.glob("*-changes-*")), "the copy that was changed is gone"
