@@ -170,7 +170,11 @@ class RetrieverSettings(ServiceSettings):
     max_queued_questions: int = Field(
         4096, ge=1, description="questions accepted and not yet answered, before RESOURCE_EXHAUSTED"
     )
-    search_threads: int = Field(0, ge=0, description="threads of one search in faiss; 0 takes every core")
+    search_threads: int = Field(
+        0,
+        ge=0,
+        description="threads of one search in faiss; 0 takes every core, and one for less than 64 MiB of vectors",
+    )
     document_cache_bytes: int = Field(
         128 << 20,
         ge=0,

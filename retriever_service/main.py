@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 PROGRAM = "rag-retriever"
 _WARMUP = "warmup"
+# Below it a search is so short that sharing it among threads costs what the event loop needs to answer.
+_SHARED_FROM_BYTES = 64 << 20
 _CORPUS = "corpus"
 
 
@@ -186,12 +188,13 @@ def _retriever(
     passage_cache: PassageCache,
 ) -> Retriever:
     search_executor = None
-    if settings.search_threads:
+    threads = settings.search_threads
+    vectors_bytes = generation.index.ntotal * generation.index.dimension * np.dtype(np.float32).itemsize
+    if not threads and vectors_bytes < _SHARED_FROM_BYTES:
+        threads = 1
+    if threads:
         search_executor = ThreadPoolExecutor(
-            generation.index.parallel_searches,
-            "search",
-            initializer=set_num_threads,
-            initargs=(settings.search_threads,),
+            generation.index.parallel_searches, "search", initializer=set_num_threads, initargs=(threads,)
         )
     return Retriever(
         generation.index,
