@@ -38,8 +38,9 @@ class RetrieverLimits:
 class Retriever:
     """Answers from one generation of an index; another generation is another Retriever.
 
-    Make it inside a running event loop. Searching has a thread for each copy of the index, which may
-    use several in faiss; the rest of a request runs in a pool of `assembly_threads`.
+    Make it inside a running event loop. Searching has a thread for each copy of the index, which may use several
+    in faiss; the rest of a request runs in a pool of `assembly_threads`, or with the search where a question
+    comes alone.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Retriever:
         self._metrics = metrics
         self._search_executor = search_executor or ThreadPoolExecutor(index.parallel_searches, "search")
         self._pool = ThreadPoolExecutor(self._limits.assembly_threads, "assemble")
-        completer = Completer(
+        self._completer = Completer(
             PassageReader(store, passage_cache or BoundedCache(0)),
             assembler,
             metrics,
@@ -73,7 +74,7 @@ class Retriever:
             metric=index.metric,
             question_tokenizer=question_tokenizer,
         )
-        self._completions = Completions(self._pool, self._limits.assembly_threads, completer.complete)
+        self._completions = Completions(self._pool, self._limits.assembly_threads, self._completer.complete)
         self._batcher = SearchBatcher(
             index,
             self._search_executor,
@@ -111,8 +112,9 @@ class Retriever:
         began_s = time.monotonic()
         try:
             selection = None if query.filter is None else await self._selections.of(query.filter)
-            found = await self._search(query, selection)
-            retrieved = await self._completions.run(Searched(query, found))
+            found, retrieved = await self._search(query, selection)
+            if retrieved is None:
+                retrieved = await self._completions.run(Searched(query, found))
             if query.score_threshold is None:
                 vectors = query.question_hidden_states
                 self._sampler.offer(vectors, query.n_docs, retrieved.rows, selection)
@@ -155,8 +157,11 @@ class Retriever:
         self._questions_in_flight -= batch
         self._metrics.questions_in_flight.set(self._questions_in_flight)
 
-    async def _search(self, query: Query, selection: Selection | None) -> Int64Array:
-        """Returns candidate rows: of the index, or where few may be found or the kind cannot select, exact ones."""
+    async def _search(self, query: Query, selection: Selection | None) -> tuple[Int64Array, Retrieved | None]:
+        """Returns candidate rows, and the answer where it came along.
+
+        Rows are the index's, or where few may be found or the kind cannot select, exact ones.
+        """
         vectors = query.question_hidden_states
         if selection is not None and (
             len(selection) <= self._limits.max_exact_rows or not self.index.takes_selection
@@ -164,6 +169,12 @@ class Retriever:
             exact = functools.partial(
                 exact_search, self.store, vectors, query.n_docs, self.index.metric, selection.rows
             )
-            return await asyncio.get_running_loop().run_in_executor(self._pool, exact)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, exact), None
         factor = 1 if self.index.has_exact_scores else query.rescore_factor
-        return await self._batcher.search(vectors, query.n_docs * factor, query.search_parameters, selection)
+
+        def finish(found: Int64Array) -> Retrieved:
+            return self._completer.complete([Searched(query, found)])[0]
+
+        return await self._batcher.search_and_finish(
+            vectors, query.n_docs * factor, query.search_parameters, selection, finish
+        )

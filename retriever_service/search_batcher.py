@@ -3,14 +3,18 @@
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from retriever_service.index.base import VectorIndex
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.types import Float32Array, Int64Array, SearchParameters, Selection
+
+FinishedT = TypeVar("FinishedT")
 
 
 @dataclass(eq=False, slots=True)
@@ -19,8 +23,9 @@ class _Waiting:
     n_docs: int
     parameters: SearchParameters
     selection: Selection | None
-    found: asyncio.Future[Int64Array]
+    found: asyncio.Future[tuple[Int64Array, Any]]
     since_s: float
+    finish: Callable[[Int64Array], Any] | None
 
     @property
     def key(self) -> tuple[int, SearchParameters, Selection | None]:
@@ -65,10 +70,26 @@ class SearchBatcher:
         selection: Selection | None = None,
     ) -> Int64Array:
         """Returns rows int64 [batch, at most n_docs] of vectors float32 [batch, dim], -1 for missing hits."""
+        return (await self.search_and_finish(vectors, n_docs, parameters, selection, None))[0]
+
+    async def search_and_finish(
+        self,
+        vectors: Float32Array,
+        n_docs: int,
+        parameters: SearchParameters,
+        selection: Selection | None,
+        finish: Callable[[Int64Array], FinishedT] | None,
+    ) -> tuple[Int64Array, FinishedT | None]:
+        """Searches: see `search`.
+
+        For a single question that comes alone, also what `finish` makes of its rows, in the same thread: handing
+        them to another one takes longer than most of what is left to do. None where others wait.
+        """
         while len(self._workers) < self._index.parallel_searches:
             self._workers.append(asyncio.create_task(self._work(), name="search batcher"))
-        found: asyncio.Future[Int64Array] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(vectors, n_docs, parameters, selection, found, time.monotonic()))
+        found: asyncio.Future[tuple[Int64Array, FinishedT | None]]
+        found = asyncio.get_running_loop().create_future()
+        self._queue.append(_Waiting(vectors, n_docs, parameters, selection, found, time.monotonic(), finish))
         self._arrived.set()
         return await found
 
@@ -119,7 +140,7 @@ class SearchBatcher:
         for waiting in batch:
             self._metrics.queue_wait_seconds.observe(began_s - waiting.since_s)
         try:
-            rows = await self._run(batch)
+            rows, finished = await self._run(batch)
         except asyncio.CancelledError:
             for waiting in batch:
                 waiting.found.cancel()
@@ -130,7 +151,7 @@ class SearchBatcher:
         start = 0
         for waiting in batch:
             if not waiting.found.done():
-                waiting.found.set_result(rows[start : start + len(waiting.vectors)])
+                waiting.found.set_result((rows[start : start + len(waiting.vectors)], finished))
             start += len(waiting.vectors)
 
     async def _serve_failed(self, batch: list[_Waiting], error: Exception) -> None:
@@ -141,13 +162,15 @@ class SearchBatcher:
         for waiting in batch:
             await self._serve([waiting])
 
-    async def _run(self, batch: list[_Waiting]) -> Int64Array:
+    async def _run(self, batch: list[_Waiting]) -> tuple[Int64Array, Any]:
         vectors = batch[0].vectors if len(batch) == 1 else np.concatenate([one.vectors for one in batch])
         self._metrics.search_batch_questions.observe(len(vectors))
         n_docs, parameters, selection = batch[0].key
+        finish = batch[0].finish if len(vectors) == 1 and not self._queue else None
 
-        def search() -> Int64Array:
+        def search() -> tuple[Int64Array, Any]:
             with self._metrics.search_seconds.time():
-                return self._index.search(vectors, n_docs, parameters, selection)[0]
+                rows = self._index.search(vectors, n_docs, parameters, selection)[0]
+            return rows, None if finish is None else finish(rows)
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, search)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rag_serving.errors import InvalidArgumentError
+from retriever_service.completer import Completer
 from retriever_service.errors import InvalidSearchParametersError, NoQuestionTokenizerError, OverloadedError
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import Snapshot
@@ -87,6 +88,29 @@ async def test_answer_does_not_depend_on_the_batch(retrieving: Retrieving, build
             alone = await retriever.retrieve(query(VECTORS[position : position + 1]))
             np.testing.assert_array_equal(alone.rows[0], together.rows[position])
             np.testing.assert_array_equal(alone.doc_scores[0], together.doc_scores[position])
+
+
+async def test_question_alone_is_answered_where_it_was_searched_and_others_as_well(
+    retrieving: Retrieving, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    complete = Completer.complete
+
+    def noting(self: Completer, batch: Any) -> Any:
+        threads.extend(threading.current_thread().name.partition("_")[0] for _ in batch)
+        return complete(self, batch)
+
+    monkeypatch.setattr(Completer, "complete", noting)
+    async with retrieving(build()) as retriever:
+        alone = await retriever.retrieve(query(VECTORS[:1]))
+        assert threads == ["search"]
+        crowd = await asyncio.gather(*(retriever.retrieve(query(VECTORS[:1])) for _ in range(8)))
+    assert threads.count("assemble") >= 7
+    for one in crowd:
+        np.testing.assert_array_equal(one.doc_scores, alone.doc_scores)
+        assert one.contexts is not None
+        assert alone.contexts is not None
+        np.testing.assert_array_equal(one.contexts.input_ids, alone.contexts.input_ids)
 
 
 async def test_equal_scores_stand_in_row_order(
