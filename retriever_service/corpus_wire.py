@@ -16,7 +16,7 @@ from rag_serving import tensor_codec
 from rag_serving.errors import InvalidArgumentError
 from retriever_service.corpus.base import Delete, NewDocument
 from retriever_service.index.manifest import Embedding
-from retriever_service.types import MAX_NORM, Document, Float32Array
+from retriever_service.types import MAX_METADATA_DEPTH, MAX_NORM, Document, Float32Array, metadata_depth
 
 _MAX_KEY_BYTES = 1024
 _MAX_REQUEST_ID_BYTES = 256
@@ -172,6 +172,8 @@ def _check_text(field: str, text: str, limits: ChangeLimits, *, required: bool =
 def _metadata(field: str, given: struct_pb2.Struct) -> str:
     try:
         fields = json_format.MessageToDict(given)
+        if metadata_depth(fields) > MAX_METADATA_DEPTH:
+            raise InvalidArgumentError(field, f"is nested more than {MAX_METADATA_DEPTH} levels deep")
         text = json.dumps(_with_integers(fields), ensure_ascii=False, sort_keys=True, allow_nan=False)
     except (ValueError, json_format.Error, RecursionError) as error:
         raise InvalidArgumentError(field, f"is no JSON object: {error}") from error

@@ -16,6 +16,10 @@ MAX_NORM = 1e16
 """Longest vector taken: the square of its length, which an L2 search computes, stays far inside float32."""
 
 
+MAX_METADATA_DEPTH = 24
+"""Objects and lists within one another in a document's metadata: protobuf's reader gives up at a little over 30."""
+
+
 class Metric(enum.StrEnum):
     """Similarity that an index searches by; doc_scores are inner products whichever it is."""
 
@@ -126,3 +130,13 @@ class Retrieved:
     n_docs_found: Sequence[int]
     contexts: Contexts | None
     generation: int
+
+
+def metadata_depth(metadata: object) -> int:
+    """Levels of objects and lists in what JSON gives; it stops counting past MAX_METADATA_DEPTH."""
+    depth, level = 0, [metadata]
+    while level and depth <= MAX_METADATA_DEPTH:
+        containers = [one for one in level if isinstance(one, dict | list)]
+        level = [x for one in containers for x in (one.values() if isinstance(one, dict) else one)]
+        depth += bool(containers)
+    return depth

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from retriever_service.errors import BuildError
-from retriever_service.types import MAX_NORM, Float32Array
+from retriever_service.types import MAX_METADATA_DEPTH, MAX_NORM, Float32Array, metadata_depth
 
 MAX_TEXT_BYTES = 1 << 20
 _MAX_KEY_BYTES = 1024
@@ -72,6 +72,8 @@ def checked_size(text: str, field: str, where: str, max_bytes: int) -> None:
 
 
 def _checked_metadata(metadata: dict[str, Any], where: str) -> str:
+    if metadata_depth(metadata) > MAX_METADATA_DEPTH:
+        raise BuildError(f"{where}: metadata is nested more than {MAX_METADATA_DEPTH} levels deep")
     try:
         return json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -136,6 +136,15 @@ def odd(**fields: Any) -> Any:
     return document_pb2.Document(**({"key": "k", "text": "t"} | fields))
 
 
+def nested(levels: int) -> struct_pb2.Struct:
+    inner: dict[str, Any] = {}
+    for _ in range(levels - 1):
+        inner = {"a": inner}
+    struct = struct_pb2.Struct()
+    struct.update(inner)
+    return struct
+
+
 WRONG: dict[str, tuple[UpsertRequest, str]] = {
     "no documents": (UpsertRequest(), "documents"),
     "no key": (batch("a", "b", documents=[odd(), odd(key="")]), "documents[1].key"),
@@ -150,6 +159,7 @@ WRONG: dict[str, tuple[UpsertRequest, str]] = {
     "another dimension": (batch("a", embeddings=tensor(vectors(1, dim=8))), "embeddings"),
     "too few vectors": (batch("a", "b", embeddings=tensor(vectors(1))), "embeddings"),
     "whole numbers": (batch("a", embeddings=tensor([[1] * DIM], np.int64)), "embeddings"),
+    "deep metadata": (batch("a", documents=[odd(metadata=nested(25))]), "documents[0].metadata"),
     "a long request_id": (batch("a", request_id="r" * 257), "request_id"),
 }
 
@@ -193,6 +203,12 @@ async def test_odd_documents_come_back_as_they_were_sent(
             read = await stub.GetDocuments(retriever_service_pb2.GetDocumentsRequest(keys=[document.key]))
             assert read.documents[0].text == texts[place]
             assert (await keys_found(stub, 100 + place, 1)) == [document.key]
+        deepest = odd(key="deep", metadata=nested(24))
+        await upsert(stub, UpsertRequest(documents=[deepest], embeddings=tensor(vectors(200))))
+        read = await stub.GetDocuments(retriever_service_pb2.GetDocumentsRequest(keys=["deep"]))
+        assert read.documents[0].metadata == deepest.metadata
+        reference = retriever_service_pb2.DocumentReference(key="deep")
+        await stub.DeleteDocuments(retriever_service_pb2.DeleteDocumentsRequest(documents=[reference]))
         await compact(stub)
     async with serve_retriever(index_folder=folder) as (_, stub, _):
         listed = await stub.ListDocuments(retriever_service_pb2.ListDocumentsRequest(page_size=5))

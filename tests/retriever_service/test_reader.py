@@ -49,6 +49,10 @@ def test_jsonl_gives_records_with_defaults(tmp_path: Path) -> None:
         ('{"text": "x", "key": 1.5}', "key must be a string"),
         ('{"text": "\\ud800"}', "text is not valid Unicode"),
         ('{"text": "x", "metadata": "y"}', "metadata must be an object"),
+        (
+            '{"text": "x", "metadata": {"a": ' + 24 * "[" + 24 * "]" + "}}",
+            "metadata is nested more than 24 levels deep",
+        ),
         ('{"text": "x", "embedding": "y"}', "embedding must be a list of numbers"),
         ('{"text": "x", "embedding": []}', "embedding must be a list of numbers"),
         ('{"text": "x", "embedding": [[1]]}', "embedding must be a list of numbers"),
