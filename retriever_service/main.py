@@ -71,7 +71,7 @@ class Serving:
     generations: Generations
     maintenance: Maintenance
     servicer: RetrieverServicer
-    follower: Follower | None
+    follower: Follower
 
     async def close(self) -> None:
         """Stops operations and changes, then the generations, and closes their corpora."""
@@ -124,10 +124,8 @@ async def serve(settings: RetrieverSettings, started: Callable[[int, int], None]
             readiness.set_unmet(_CORPUS, reason)
 
     follow = serving.maintenance.follow(settings.follow_interval_s, reached)
-    following = [asyncio.create_task(follow, name="follow")]
-    if serving.follower is not None:
-        run = serving.follower.run(settings.follow_interval_s)
-        following.append(asyncio.create_task(run, name="follower"))
+    run = serving.follower.run(settings.follow_interval_s)
+    following = [asyncio.create_task(follow, name="follow"), asyncio.create_task(run, name="follower")]
     try:
         await serve_until_stopped(server, side_port, warm_up=warm_up)
     finally:
@@ -166,7 +164,7 @@ def make_serving(loaded: Loaded, settings: RetrieverSettings, metrics: Retriever
 
     generations = Generations(loaded.corpus, make_retriever, metrics, kept=settings.generations_kept)
     warm_up = functools.partial(warm_up_retriever, loaded.limits)
-    follower = None if loaded.library.refused is None else Follower(generations, loaded.library, warm_up)
+    follower = Follower(generations, loaded.library, warm_up)
     maintenance = Maintenance(
         generations,
         loaded.library,

@@ -13,7 +13,7 @@ _EXHAUSTED = {3, 7, 8, 9}
 _GONE = {100}
 _WRONG = {1100}
 _RETRY_AFTER_S = 1.0
-_ROWS_PER_INSERT = 500
+_ROWS_PER_INSERT = 200  # of 300 KB at most: Milvus takes messages of 64 MB
 _STRONG = 0  # ConsistencyLevel.Strong; a name would not do beside "iterator"
 
 
@@ -89,7 +89,7 @@ class MilvusConnection:
         return list(found)
 
     def upsert(self, collection: str, entities: Sequence[dict[str, Any]]) -> None:
-        """Writes entities, in messages of bounded size."""
+        """Writes entities, in messages of bounded size; one that is written twice, as a retry may, is there once."""
         for start in range(0, len(entities), _ROWS_PER_INSERT):
             self.call("upsert", collection, list(entities[start : start + _ROWS_PER_INSERT]))
 

@@ -1,6 +1,7 @@
 """The corpus of a Milvus collection: Milvus holds documents and vectors, a log beside them says what is shown."""
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -26,6 +27,8 @@ from retriever_service.milvus.lease import Lease
 from retriever_service.milvus.log import ChangeLog, Facts
 from retriever_service.milvus.state import Change, Shown, State
 from retriever_service.milvus.store import MilvusStore
+
+logger = logging.getLogger(__name__)
 
 _GRACE_S = 60.0  # longer than any search takes from its first call to its last
 _MAX_HIDDEN = 4096  # rows that every search is told to leave out
@@ -70,13 +73,14 @@ class MilvusCorpus(Corpus):
         self._void: list[tuple[int, int]] = []
         self._closing = contextlib.ExitStack()
         try:
+            self._candidate = lease
             self._lease, self._read_only_reason = self._begin_writing(lease, read_only_reason)
             connection.ensure_loaded(collection)
             self._shown = Shown(self._read_state())
             # Of each change the state after it and what it hid, until that is deleted.
-            self._replaced = deque([(time.monotonic(), self._shown.state, self._shown.state.hidden)])
+            self._replaced: deque[tuple[float, State, frozenset[int]]] = deque()
             if self._lease is not None:
-                self._clear_leftovers()
+                self._inherit()
         except BaseException:
             self._closing.close()
             raise
@@ -216,8 +220,17 @@ class MilvusCorpus(Corpus):
             self._generation = self._make_generation(number)
         return self._generation
 
+    def adopt(self, number: int) -> Generation:
+        """Returns the generation under the number that another retriever, which writes, has given it."""
+        with self._lock:
+            self._generation = self._make_generation(number)
+        return self._generation
+
     def follow(self) -> bool:
-        """Shows what another has written; one that writes deletes what no search reads any more: see Corpus."""
+        """Shows what another has written, and writes itself once the other has died: see Corpus.
+
+        One that writes deletes what no search reads any more.
+        """
         for collection in (self.collection, self._log.name):
             self._connection.ensure_loaded(collection)
         with self._lock:
@@ -228,6 +241,8 @@ class MilvusCorpus(Corpus):
                 return False
             before = self._shown.state.revision
             self._shown.state = self._read_state()
+            if self._lease is None and self._candidate is not None:
+                self._take_over(self._candidate)
             return self._shown.state.revision != before
 
     def release(self, generation: Generation) -> None:
@@ -333,13 +348,35 @@ class MilvusCorpus(Corpus):
         self._log.set_facts(self.collection, facts)
         self._facts = facts
 
-    def _clear_leftovers(self) -> None:
-        """Takes away what a change that was never made has left behind the last row."""
-        condition = f"row >= {self._shown.state.next_row}"
+    def _take_over(self, lease: Lease) -> None:
+        """Becomes the writer where there is none, unless another collection or generation serves by now."""
+        if not self._is_current() or not lease.acquire_if_free():
+            return
+        # What the last writer did before it ended is seen from here on: nobody else writes any more.
+        self._shown.state = self._read_state()
+        if not self._is_current():
+            lease.release()
+            return
+        self._closing.callback(lease.release)
+        self._lease, self._read_only_reason = lease, None
+        self._inherit()
+        logger.info("this retriever takes changes now", extra={"collection": self.collection})
+
+    def _is_current(self) -> bool:
+        """Whether the alias names this collection, and the generation is the one that its writer served as last."""
+        aliases = self._connection.call("list_aliases", self.collection)["aliases"]
+        is_active = self.collection.rpartition("_")[0] in aliases
+        return is_active and self._facts.number == self._generation.number
+
+    def _inherit(self) -> None:
+        """Begins where the writer before ended: what it hid is deleted in time, what it never made is taken away."""
+        state = self._shown.state
+        self._replaced.append((time.monotonic(), state, state.hidden))
+        condition = f"row >= {state.next_row}"
         left = self._connection.query(self.collection, condition, ["row"])
         if left:
             self._delete_rows([int(one["row"]) for one in left])
-            self._void.append((self._shown.state.next_row, max(int(one["row"]) for one in left) + 1))
+            self._void.append((state.next_row, max(int(one["row"]) for one in left) + 1))
 
     def _delete_rows(self, rows: Sequence[int]) -> None:
         for start in range(0, len(rows), _ROWS_PER_DELETE):

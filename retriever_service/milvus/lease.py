@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 import uuid
+from typing import Any
 
 from rag_serving.errors import RagError, UnavailableError
 from retriever_service.errors import ReadOnlyError
@@ -32,6 +33,8 @@ class Lease:
         self._guard = threading.Lock()
         self._stopped = threading.Event()
         self._renewing: threading.Thread | None = None
+        self._seen: dict[str, Any] | None = None
+        self._seen_since_s = 0.0
 
     def acquire(self) -> None:
         """Becomes the writer, or counts one more user of this lease.
@@ -43,6 +46,24 @@ class Lease:
             if not self._holders:
                 self._take()
             self._holders += 1
+
+    def acquire_if_free(self) -> bool:
+        """Becomes the writer where none has lived for the time of a lease, as far as this was asked again and again.
+
+        Raises UnavailableError.
+        """
+        with self._guard:
+            if self._lost_to is not None and self._holders:
+                return False
+            if not self._holders:
+                if not self._is_free():
+                    return False
+                try:
+                    self._begin()
+                except ReadOnlyError:
+                    return False
+            self._holders += 1
+            return True
 
     def release(self) -> None:
         """Ends it, so that another can write at once, when its last user has."""
@@ -73,8 +94,25 @@ class Lease:
             )
 
     def _take(self) -> None:
+        while not self._is_free():
+            time.sleep(self._duration_s / (2 * _RENEWALS))
+            seen, now = self._seen, self._log.owner()
+            if now is not None and now != seen:
+                raise ReadOnlyError(f"another retriever ({now['holder']}) writes to it: send changes to it")
+        self._begin()
+
+    def _is_free(self) -> bool:
+        """Whether there is no sign, or one that has stayed the same since it was first looked at long enough ago."""
+        now = self._log.owner()
+        if now is None:
+            return True
+        if now != self._seen:
+            self._seen, self._seen_since_s = now, time.monotonic()
+            return False
+        return time.monotonic() - self._seen_since_s >= self._duration_s
+
+    def _begin(self) -> None:
         self._lost_to = None
-        self._await_the_dead()
         self._sign()
         # Another that started at the same moment has written by now; the last sign stands.
         time.sleep(self._duration_s / 100)
@@ -83,16 +121,6 @@ class Lease:
         self._stopped.clear()
         self._renewing = threading.Thread(target=self._renew, name="milvus lease", daemon=True)
         self._renewing.start()
-
-    def _await_the_dead(self) -> None:
-        seen = self._log.owner()
-        since_s = time.monotonic()
-        while seen is not None and time.monotonic() - since_s < self._duration_s:
-            time.sleep(self._duration_s / (2 * _RENEWALS))
-            now = self._log.owner()
-            if now is not None and now != seen:
-                raise ReadOnlyError(f"another retriever ({now['holder']}) writes to it: send changes to it")
-            seen = now
 
     def _sign(self) -> None:
         began_s = time.monotonic()

@@ -99,6 +99,21 @@ class MilvusLibrary(CorpusLibrary):
                     raise
         return self._import(snapshot, number, progress, cancelled)
 
+    def newer(self, current: Generation, serving: Sequence[Corpus]) -> tuple[Corpus, Generation] | None:
+        """Opens what the one that writes has compacted or activated: see CorpusLibrary."""
+        if serving[-1].read_only_reason is None:
+            return None
+        collection = self._active_name()
+        facts = None if collection is None else self._log.facts_of(collection)
+        if collection is None or facts is None or facts.number <= current.number:
+            return None
+        for corpus in serving:
+            if isinstance(corpus, MilvusCorpus) and corpus.collection == collection:
+                corpus.follow()
+                return corpus, corpus.adopt(facts.number)
+        opened = self._open(collection, facts)
+        return opened, opened.generation
+
     def remember(self, corpus: Corpus, _generation: Generation) -> None:
         """Points the alias to a collection: see CorpusLibrary."""
         if not isinstance(corpus, MilvusCorpus):

@@ -19,6 +19,7 @@ from retriever_service.types import Document, Float32Array, Int64Array, Selectio
 
 _FIELDS = ("row", "key", "title", "text", "metadata")
 _ROWS_PER_QUERY = 1000
+_DOCUMENTS_PER_QUERY = 250  # of 200 KB at most: Milvus gives answers of 100 MB
 _LARGEST_ROW = 2**63 - 1
 
 
@@ -100,7 +101,9 @@ class MilvusStore(DocumentStore):
         """Returns documents by key: see Corpus."""
         after = "" if after_key is None else behind(after_key)
         documents: list[Document] = []
-        for found in self._in_order(after, self._shown.state.expression(), _FIELDS, size + 1):
+        for found in self._in_order(
+            after, self._shown.state.expression(), _FIELDS, min(size + 1, _DOCUMENTS_PER_QUERY)
+        ):
             documents += [self._document(one) for one in found]
             if len(documents) > size:
                 break
@@ -128,7 +131,7 @@ class MilvusStore(DocumentStore):
 
     def _read(self, field: str, values: Sequence[int] | Sequence[str], condition: str) -> list[Document]:
         documents: list[Document] = []
-        for some in _chunks(list(values)):
+        for some in _chunks(list(values), _DOCUMENTS_PER_QUERY):
             found = self._query(f"{condition} and {field} in {json.dumps(some)}", _FIELDS)
             documents += [self._document(one) for one in found]
         return documents
@@ -153,6 +156,6 @@ def _key(hexadecimal: str) -> str:
     return bytes.fromhex(hexadecimal).decode()
 
 
-def _chunks(values: list[Any]) -> Iterator[list[Any]]:
-    for start in range(0, len(values), _ROWS_PER_QUERY):
-        yield values[start : start + _ROWS_PER_QUERY]
+def _chunks(values: list[Any], size: int = _ROWS_PER_QUERY) -> Iterator[list[Any]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]

@@ -296,6 +296,69 @@ def test_a_second_writer_waits_for_the_dead_and_gives_way_to_the_living(
         upsert(heir, "later")
 
 
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_reader_takes_over_from_a_writer_that_is_gone(
+    milvus: MilvusServer, name: str, monkeypatch: pytest.MonkeyPatch, dies: bool
+) -> None:
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(opened(milvus, name))
+        victim = DOCUMENTS[5]["key"]
+        upsert(writer, victim, seed=8)
+        failing(monkeypatch, writer, writer.collection, before=False)
+        with pytest.raises(UnavailableError):
+            upsert(writer, "half", seed=1)
+        heir = stack.enter_context(opened(milvus, name))
+        assert heir.read_only_reason is not None
+        heir.follow()
+        writer.close()
+        if dies:
+            writer._log.set_owner({"holder": "the dead", "beat": 7})
+            assert not heir.follow()
+            assert heir.read_only_reason is not None
+        until_s = time.monotonic() + 30
+        while heir.read_only_reason is not None and time.monotonic() < until_s:
+            heir.follow()
+            time.sleep(0.05)
+        assert list(upsert(heir, "next", seed=3).rows) == [62]
+        heir._grace_s = 0.0
+        heir.follow()
+        assert heir.generation.store.documents_by_row([5], replaced=True) == {}
+        assert keys_of(heir) == sorted([*(one["key"] for one in DOCUMENTS), "next"])
+
+
+def test_a_reader_moves_to_what_was_compacted_and_activated_before_it_takes_over(
+    milvus: MilvusServer, name: str, tmp_path: Path, build_corpus: Build
+) -> None:
+    """It would have gone on with a collection that the alias names no more: its changes served nobody."""
+    build_corpus(write_jsonl(tmp_path / "o.jsonl", DOCUMENTS[:9]), tmp_path / "other")
+    with contextlib.ExitStack() as stack:
+        shelf = stack.enter_context(library(milvus.uri, name))
+        writer = shelf.active()
+        stack.callback(writer.close)
+        reading = stack.enter_context(library(milvus.uri, name))
+        reader = reading.active()
+        stack.callback(reader.close)
+        assert reading.newer(reader.generation, [reader]) is None
+        compacted = writer.compact(QUIET, threading.Event())
+        assert reading.newer(reader.generation, [reader]) == (reader, reader.adopt(compacted.number))
+        assert reading.newer(reader.generation, [reader]) is None
+        other, generation = shelf.open(tmp_path / "other", 3, [writer], QUIET, threading.Event())
+        stack.callback(other.close)
+        shelf.remember(other, generation)
+        writer.close()
+        other.close()
+        reader.follow()
+        assert reader.read_only_reason is not None, "took over a collection that serves no more"
+        found_newer = reading.newer(reader.generation, [reader])
+        assert found_newer is not None
+        heir, moved = found_newer
+        stack.callback(heir.close)
+        assert (moved.number, moved.index.ntotal, heir.read_only_reason) == (3, 9, None)
+        upsert(heir, "fresh", seed=4)
+    with opened(milvus, name) as corpus:
+        assert "fresh" in keys_of(corpus)
+
+
 async def test_a_lost_milvus_is_unavailable_and_found_again(
     tmp_path_factory: pytest.TempPathFactory, index_folder: Path, checkpoint: Path
 ) -> None:
