@@ -4,10 +4,12 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from generator_service.decoding import rag_sequence
 from generator_service.engine.messages import ScoreTarget
+from generator_service.model import attention
 from generator_service.model.backbone import Backbone, RowBatch, RowBlock
 from generator_service.model.bart import BartBackbone
 from generator_service.model.general import GeneralBackbone
@@ -153,3 +155,15 @@ def test_contexts_encoded_in_parts_are_as_if_encoded_together(
         assert one.cross is not None
         assert other.cross is not None
         torch.testing.assert_close(one.cross, other.cross, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+@pytest.mark.parametrize(("rows", "slots"), [(4, 40), (40, 40), (40, 70), (600, 600)])
+def test_attention_by_plain_products_is_torchs_own(rows: int, slots: int, scale: float | None) -> None:
+    torch.manual_seed(0)
+    query, keys, values = (torch.randn(2, 3, n, 8) for n in (rows, slots, slots))
+    mask = attention.ancestry_mask(torch.rand(rows, slots) < 0.9, torch.float32)
+    for given in (None, mask):
+        expected = F.scaled_dot_product_attention(query, keys, values, attn_mask=given, scale=scale)
+        found = attention.attend(query, keys, values, given, scale)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
