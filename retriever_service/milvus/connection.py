@@ -14,6 +14,8 @@ _GONE = {100}
 _WRONG = {1100}
 _RETRY_AFTER_S = 1.0
 _ROWS_PER_INSERT = 200  # of 300 KB at most: Milvus takes messages of 64 MB
+# pymilvus pings every 10 s, in idle hours too; servers with gRPC's own limits hang up on that. Calls have a time limit.
+_CHANNEL_OPTIONS = {"grpc.keepalive_time_ms": 300_000, "grpc.keepalive_permit_without_calls": False}
 _STRONG = 0  # ConsistencyLevel.Strong; a name would not do beside "iterator"
 
 
@@ -47,7 +49,11 @@ class MilvusConnection:
         self.address = address
         try:
             self._client: Any = MilvusClient(
-                uri=address.uri, token=address.token, db_name=address.database, timeout=address.timeout_s
+                uri=address.uri,
+                token=address.token,
+                db_name=address.database,
+                timeout=address.timeout_s,
+                grpc_options=_CHANNEL_OPTIONS,
             )
         except Exception as error:
             raise self._meaning(error) from error
