@@ -107,6 +107,13 @@ def build_corpus() -> Callable[..., Snapshot]:
     return build
 
 
+@pytest.fixture
+def folder(tmp_path: Path, corpus: Path) -> Path:
+    """An index folder of the corpus."""
+    build(corpus, tmp_path / "index")
+    return tmp_path / "index"
+
+
 @pytest.fixture(scope="session")
 def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
     """Milvus' server, the same for all tests."""

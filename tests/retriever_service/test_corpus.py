@@ -38,12 +38,6 @@ Build = Callable[..., Any]
 Opened = Callable[..., contextlib.AbstractContextManager[Any]]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
-    build_corpus(corpus, tmp_path / "index")
-    return tmp_path / "index"
-
-
 def vector(seed: int) -> Any:
     return np.random.default_rng(seed).standard_normal(DIM).astype(np.float32)
 

@@ -33,12 +33,6 @@ def backend() -> str:
     return "local"
 
 
-@pytest.fixture
-def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
-    build_corpus(corpus, tmp_path / "index")
-    return tmp_path / "index"
-
-
 def some(count: int) -> tuple[list[CorpusDocument], Any]:
     documents = [CorpusDocument(f"new-{number}", f"text {number}", "t") for number in range(count)]
     return documents, np.random.default_rng(7).standard_normal((count, DIM)).astype(np.float32)

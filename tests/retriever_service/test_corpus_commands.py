@@ -30,12 +30,6 @@ def backend() -> str:
     return "local"
 
 
-@pytest.fixture
-def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
-    build_corpus(corpus, tmp_path / "index")
-    return tmp_path / "index"
-
-
 @contextlib.asynccontextmanager
 async def served(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, folder: Path, port: int, **overrides: Any

@@ -23,12 +23,6 @@ Build = Callable[..., Any]
 UpsertRequest = retriever_service_pb2.UpsertDocumentsRequest
 
 
-@pytest.fixture
-def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
-    build_corpus(corpus, tmp_path / "index")
-    return tmp_path / "index"
-
-
 def vectors(*seeds: int, dim: int = DIM) -> Any:
     return np.stack([np.random.default_rng(seed).standard_normal(dim) for seed in seeds]).astype(np.float32)
 

@@ -32,12 +32,6 @@ def backend() -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
-    build_corpus(corpus, tmp_path / "index")
-    return tmp_path / "index"
-
-
-@pytest.fixture
 def other_folder(tmp_path: Path, build_corpus: Build) -> Path:
     documents = write_jsonl(tmp_path / "other.jsonl", make_documents(30, DIM))
     build_corpus(documents, tmp_path / "other")

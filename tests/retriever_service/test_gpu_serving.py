@@ -19,18 +19,11 @@ from tests.retriever_service.fake_gpus import FakeGpus
 from tests.retriever_service.servicer_calls import DIM, tensor
 
 Serve = Callable[..., contextlib.AbstractAsyncContextManager[Any]]
-Build = Callable[..., Any]
 
 
 @pytest.fixture
 def backend() -> str:
     return "local"
-
-
-@pytest.fixture
-def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
-    build_corpus(corpus, tmp_path / "index")
-    return tmp_path / "index"
 
 
 @pytest.fixture

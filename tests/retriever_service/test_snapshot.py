@@ -22,12 +22,6 @@ from tests.retriever_service.tiny_models import make_documents, write_jsonl
 Build = Callable[..., Snapshot]
 
 
-@pytest.fixture
-def folder(tmp_path: Path, corpus: Path, build_corpus: Build) -> Path:
-    build_corpus(corpus, tmp_path / "index")
-    return tmp_path / "index"
-
-
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
