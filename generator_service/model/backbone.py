@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -97,7 +98,7 @@ _CPU_ROWS = 680
 """Rows that the CPU takes through the layers at a time: activations of many more leave its caches unread."""
 
 
-class AttentionBackbone(nn.Module):
+class AttentionBackbone(nn.Module, ABC):
     """What our own decoders share: parts that fit the CPU's caches, caches of keys and values, and their sizes.
 
     Subclasses set the attributes and write encode_together and decode_together.
@@ -114,9 +115,9 @@ class AttentionBackbone(nn.Module):
         parts = self._parts(contexts, [int(c.shape[0]) for c in contexts])
         return [states for part in parts for states in self.encode_together(part)]
 
+    @abstractmethod
     def encode_together(self, contexts: Sequence[Tensor]) -> list[ContextStates]:
         """As Backbone.encode, of contexts that go through the layers at once."""
-        raise NotImplementedError
 
     def decode(self, batch: RowBatch) -> Tensor:
         """As Backbone.decode."""
@@ -125,9 +126,9 @@ class AttentionBackbone(nn.Module):
             return self.decode_together(batch)
         return torch.cat([self.decode_together(RowBatch(part)) for part in parts])
 
+    @abstractmethod
     def decode_together(self, batch: RowBatch) -> Tensor:
         """As Backbone.decode, of rows that go through the layers at once."""
-        raise NotImplementedError
 
     def new_cache(self, num_contexts: int) -> SelfCache:
         """As Backbone.new_cache."""

@@ -66,6 +66,13 @@ class VectorIndex(ABC):
     def check_parameters(self, parameters: SearchParameters) -> None:
         """Raises InvalidSearchParametersError where a knob does not exist on this kind or is out of range."""
 
+    def check_vectors(self, vectors: Float32Array, n_docs: int) -> None:
+        """Raises ValueError for vectors of another shape, or no documents."""
+        if vectors.ndim != 2 or vectors.shape[1] != self.dimension or len(vectors) == 0 or n_docs < 1:
+            raise ValueError(
+                f"cannot search {n_docs} of vectors {vectors.shape} in dimension {self.dimension}"
+            )
+
     @abstractmethod
     def search(
         self,

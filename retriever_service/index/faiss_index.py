@@ -129,13 +129,6 @@ class FaissIndex(VectorIndex):
                 "search_parameters.nprobe", f"must be at most nlist, {self._ivf.nlist}", parameters.nprobe
             )
 
-    def check_vectors(self, vectors: Float32Array, n_docs: int) -> None:
-        """Raises ValueError for vectors of another shape, or no documents."""
-        if vectors.ndim != 2 or vectors.shape[1] != self.dimension or len(vectors) == 0 or n_docs < 1:
-            raise ValueError(
-                f"cannot search {n_docs} of vectors {vectors.shape} in dimension {self.dimension}"
-            )
-
     def search(
         self,
         vectors: Float32Array,

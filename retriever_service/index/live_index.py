@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from retriever_service.index.base import VectorIndex
 from retriever_service.index.fresh_segment import FreshSegment, FreshVectors
+from retriever_service.index.index_over import IndexOver
 from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters, Selection
 
 
@@ -34,7 +35,7 @@ class _State:
     fresh: FreshVectors
 
 
-class LiveIndex(VectorIndex):
+class LiveIndex(IndexOver):
     """Merges an immutable snapshot, some of whose vectors are hidden, with a fresh exact segment.
 
     A search takes one state and keeps it, so that it sees all of a batch of changes or nothing of it.
@@ -42,7 +43,7 @@ class LiveIndex(VectorIndex):
 
     def __init__(self, base: VectorIndex, rows: Int64Array | None) -> None:
         """`rows` are the row of each of the base's vectors, ascending; None where place and row are one."""
-        self._base = base
+        super().__init__(base)
         self._rows = rows
         self._changing = threading.Lock()
         self._segment = FreshSegment(base.dimension)
@@ -51,62 +52,19 @@ class LiveIndex(VectorIndex):
     @property
     def base(self) -> VectorIndex:
         """The snapshot's index."""
-        return self._base
+        return self._below
 
     @property
     def ntotal(self) -> int:
         """Vectors that can be found."""
         state = self._state
-        return self._base.ntotal - state.num_hidden + state.fresh.num_living
-
-    @property
-    def dimension(self) -> int:
-        """Numbers in a vector."""
-        return self._base.dimension
-
-    @property
-    def metric(self) -> Metric:
-        """Similarity of the search."""
-        return self._base.metric
-
-    @property
-    def has_exact_scores(self) -> bool:
-        """As of the snapshot: see VectorIndex."""
-        return self._base.has_exact_scores
-
-    @property
-    def is_exhaustive(self) -> bool:
-        """As of the snapshot: see VectorIndex."""
-        return self._base.is_exhaustive
-
-    @property
-    def takes_selection(self) -> bool:
-        """As of the snapshot: see VectorIndex."""
-        return self._base.takes_selection
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """As of the snapshot, whose fresh vectors are the CPU's: see VectorIndex."""
-        return self._base.devices
-
-    @property
-    def parallel_searches(self) -> int:
-        """As of the snapshot: see VectorIndex."""
-        return self._base.parallel_searches
-
-    def settings(self) -> dict[str, int]:
-        """As of the snapshot: see VectorIndex."""
-        return self._base.settings()
+        return self._below.ntotal - state.num_hidden + state.fresh.num_living
 
     @property
     def pending_changes(self) -> int:
         """Vectors hidden or added since the snapshot."""
         state = self._state
         return state.num_hidden + len(state.fresh.rows)
-
-    def check_parameters(self, parameters: SearchParameters) -> None:
-        """As the snapshot does: see VectorIndex."""
-        self._base.check_parameters(parameters)
 
     def change(self, hidden_rows: Sequence[int], rows: Sequence[int], vectors: Float32Array) -> None:
         """Hides rows and adds float32 [len(rows), dim], at once; rows that are not here are hidden already."""
@@ -152,10 +110,6 @@ class LiveIndex(VectorIndex):
         merged = np.take_along_axis(nearness, order, 1)
         return np.take_along_axis(rows, order, 1), -merged if self.metric is Metric.L2 else merged
 
-    def close(self) -> None:
-        """Closes the snapshot's index: see VectorIndex."""
-        self._base.close()
-
     def _search_base(
         self,
         state: _State,
@@ -169,8 +123,8 @@ class LiveIndex(VectorIndex):
             visible: Selection | None = Selection(places[~state.hidden[places]])
         else:
             visible = state.visible
-        if visible is None or self._base.takes_selection:
-            places, scores = self._base.search(vectors, n_docs, parameters, visible)
+        if visible is None or self._below.takes_selection:
+            places, scores = self._below.search(vectors, n_docs, parameters, visible)
         else:
             places, scores = self._search_past_hidden(state, vectors, n_docs, parameters)
         if self._rows is None or not places.size:
@@ -181,7 +135,7 @@ class LiveIndex(VectorIndex):
         self, state: _State, vectors: Float32Array, n_docs: int, parameters: SearchParameters
     ) -> tuple[Int64Array, Float32Array]:
         """For a kind that faiss cannot tell what to leave out: finds more, and leaves it out afterwards."""
-        places, scores = self._base.search(vectors, n_docs + state.num_hidden, parameters)
+        places, scores = self._below.search(vectors, n_docs + state.num_hidden, parameters)
         dropped = (places < 0) | state.hidden[places]
         order = np.argsort(dropped, axis=1, kind="stable")[:, :n_docs]
         places = np.where(dropped, -1, places)
@@ -190,7 +144,7 @@ class LiveIndex(VectorIndex):
     def _places(self, rows: Int64Array) -> Int64Array:
         """Returns where the snapshot holds these rows; those that it does not hold are left out."""
         if self._rows is None:
-            return rows[rows < self._base.ntotal]
+            return rows[rows < self._below.ntotal]
         places = np.searchsorted(self._rows, rows)
         places = np.minimum(places, len(self._rows) - 1)
         held: Int64Array = places[self._rows[places] == rows]

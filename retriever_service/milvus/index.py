@@ -108,10 +108,7 @@ class MilvusIndex(VectorIndex):
         selection: Selection | None = None,
     ) -> tuple[Int64Array, Float32Array]:
         """Finds the rows nearest to each vector: see VectorIndex."""
-        if vectors.ndim != 2 or vectors.shape[1] != self.dimension or len(vectors) == 0 or n_docs < 1:
-            raise ValueError(
-                f"cannot search {n_docs} of vectors {vectors.shape} in dimension {self.dimension}"
-            )
+        self.check_vectors(vectors, n_docs)
         state = self._shown.state
         n_docs = min(n_docs, state.num_documents, _MAX_HITS)
         rows = np.full((len(vectors), n_docs), -1, dtype=np.int64)

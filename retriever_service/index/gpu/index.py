@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from retriever_service.index.base import VectorIndex
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.gpu.copy import GpuCopy, GpuOptions, becomes_cagra
 from retriever_service.index.gpu.device import GpuError
-from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters, Selection
+from retriever_service.index.index_over import IndexOver
+from retriever_service.types import Float32Array, Int64Array, SearchParameters, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ _MAX_CANDIDATES = 1024
 _MAX_LEFT_OUT = 1 / 8
 
 
-class GpuIndex(VectorIndex):
+class GpuIndex(IndexOver):
     """Searches whichever copy has least to do.
 
     GPUs are never told which rows they may find. Where a selection leaves few rows out (those hidden by
@@ -38,6 +38,7 @@ class GpuIndex(VectorIndex):
         left: Callable[["GpuIndex"], None],
     ) -> None:
         """Has no copies yet: see `put`. `parallel_searches` is how many there may be; `left` hears of the end."""
+        super().__init__(cpu)
         self.cpu = cpu
         self._options = options
         self._parallel_searches = parallel_searches
@@ -47,21 +48,6 @@ class GpuIndex(VectorIndex):
         self._copies: tuple[GpuCopy, ...] = ()
         self.is_closed = False
         self._has_warned = False
-
-    @property
-    def ntotal(self) -> int:
-        """Number of vectors."""
-        return self.cpu.ntotal
-
-    @property
-    def dimension(self) -> int:
-        """Numbers in a vector."""
-        return self.cpu.dimension
-
-    @property
-    def metric(self) -> Metric:
-        """Similarity of the search."""
-        return self.cpu.metric
 
     @property
     def has_exact_scores(self) -> bool:
@@ -74,11 +60,6 @@ class GpuIndex(VectorIndex):
         return self.cpu.is_exhaustive and not self._options.float16 and not self._is_cagra
 
     @property
-    def takes_selection(self) -> bool:
-        """As the CPU's: see VectorIndex."""
-        return self.cpu.takes_selection
-
-    @property
     def devices(self) -> tuple[str, ...]:
         """The GPUs that hold it, or the CPU while none does."""
         return tuple(name for copy in self._copies for name in copy.names) or self.cpu.devices
@@ -87,14 +68,6 @@ class GpuIndex(VectorIndex):
     def parallel_searches(self) -> int:
         """One for each copy that there may be."""
         return self._parallel_searches
-
-    def settings(self) -> dict[str, int]:
-        """As the CPU's: see VectorIndex."""
-        return self.cpu.settings()
-
-    def check_parameters(self, parameters: SearchParameters) -> None:
-        """As the CPU's: see VectorIndex."""
-        self.cpu.check_parameters(parameters)
 
     def put(self, copies: Sequence[GpuCopy]) -> None:
         """Searches go to these from now on; frees them where the index was closed meanwhile."""
