@@ -15,7 +15,7 @@ from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag.tensor.v1 import tensor_pb2
 from rag_client import types
 from rag_client.filters import metadata_filter
-from rag_serving import tensor_codec
+from rag_serving import struct_codec, tensor_codec
 
 Questions = str | Sequence[str] | types.QuestionTokens
 Input = Questions | types.Contexts
@@ -240,7 +240,7 @@ def document(message: document_pb2.Document) -> types.Document:
 
 def corpus_document(message: document_pb2.Document) -> types.CorpusDocument:
     """Returns a document with its metadata and etag."""
-    metadata = _with_integers(MessageToDict(message.metadata)) if message.HasField("metadata") else None
+    metadata = struct_codec.decode(message.metadata) if message.HasField("metadata") else None
     return _mirror(types.CorpusDocument, message, metadata=metadata)
 
 
@@ -308,18 +308,6 @@ def _mirror(kind: type[MirrorT], message: Message, **known: Any) -> MirrorT:
     """Makes a dataclass of the fields that it shares with a message; `known` are those that need a hand."""
     names = [one.name for one in dataclasses.fields(kind) if one.name not in known]  # type: ignore[arg-type]
     return kind(**{name: getattr(message, name) for name in names}, **known)
-
-
-def _with_integers(value: Any) -> Any:
-    """A Struct has doubles alone: whole ones were integers where they came from."""
-    match value:
-        case dict():
-            return {name: _with_integers(one) for name, one in value.items()}
-        case list():
-            return [_with_integers(one) for one in value]
-        case float() if value.is_integer() and abs(value) < 2**53:
-            return int(value)
-    return value
 
 
 def _optional_array(message: Message, field: str) -> npt.NDArray[Any] | None:

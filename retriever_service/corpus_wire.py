@@ -12,7 +12,7 @@ import numpy as np
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
 
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
-from rag_serving import tensor_codec
+from rag_serving import struct_codec, tensor_codec
 from rag_serving.errors import InvalidArgumentError
 from retriever_service.corpus.base import Delete, NewDocument
 from retriever_service.index.manifest import Embedding
@@ -171,27 +171,15 @@ def _check_text(field: str, text: str, limits: ChangeLimits, *, required: bool =
 
 def _metadata(field: str, given: struct_pb2.Struct) -> str:
     try:
-        fields = json_format.MessageToDict(given)
+        fields = struct_codec.decode(given)
         if metadata_depth(fields) > MAX_METADATA_DEPTH:
             raise InvalidArgumentError(field, f"is nested more than {MAX_METADATA_DEPTH} levels deep")
-        text = json.dumps(_with_integers(fields), ensure_ascii=False, sort_keys=True, allow_nan=False)
+        text = json.dumps(fields, ensure_ascii=False, sort_keys=True, allow_nan=False)
     except (ValueError, json_format.Error, RecursionError) as error:
         raise InvalidArgumentError(field, f"is no JSON object: {error}") from error
     if len(text.encode()) > _MAX_METADATA_BYTES:
         raise InvalidArgumentError(field, f"at most {_MAX_METADATA_BYTES} bytes of JSON", len(text.encode()))
     return text
-
-
-def _with_integers(value: Any) -> Any:
-    """A Struct has doubles alone: whole ones were integers where they came from."""
-    match value:
-        case dict():
-            return {name: _with_integers(one) for name, one in value.items()}
-        case list():
-            return [_with_integers(one) for one in value]
-        case float() if value.is_integer() and abs(value) < 2**53:
-            return int(value)
-    return value
 
 
 def _struct(metadata: str) -> struct_pb2.Struct:
