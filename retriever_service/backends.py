@@ -12,15 +12,17 @@ from retriever_service.corpus.local import LocalCorpus
 from retriever_service.corpus.local_library import LocalLibrary
 from retriever_service.index.base import VectorIndex
 from retriever_service.index.faiss_index import FaissIndex
+from retriever_service.index.fallback import IndexFallback, SearchFallback
 from retriever_service.index.gpu.copy import GpuOptions
 from retriever_service.index.gpu.pool import GpuPool
+from retriever_service.metrics import RetrieverMetrics
 from retriever_service.milvus.connection import MilvusAddress
 from retriever_service.milvus.library import MilvusLibrary
 
 logger = logging.getLogger(__name__)
 
 
-def open_backend(settings: RetrieverSettings) -> tuple[CorpusLibrary, Corpus]:
+def open_backend(settings: RetrieverSettings, metrics: RetrieverMetrics) -> tuple[CorpusLibrary, Corpus]:
     """Opens what is active. Raises a RagError that says what is missing, damaged or out of reach."""
     if settings.backend is Backend.MILVUS:
         return _open_milvus(settings)
@@ -29,7 +31,7 @@ def open_backend(settings: RetrieverSettings) -> tuple[CorpusLibrary, Corpus]:
         raise StartupError("--index-folder is required with --backend local")
     followed = active_version(home)
     active = read_active(home)
-    gpus = _open_gpus(settings)
+    gpus = _open_gpus(settings, metrics)
     open_folder = functools.partial(_open_folder, settings, gpus)
     try:
         corpus = open_folder(*active)
@@ -72,7 +74,7 @@ def _open_milvus(settings: RetrieverSettings) -> tuple[CorpusLibrary, Corpus]:
         raise
 
 
-def _open_gpus(settings: RetrieverSettings) -> GpuPool | None:
+def _open_gpus(settings: RetrieverSettings, metrics: RetrieverMetrics) -> GpuPool | None:
     """Takes the GPUs that indexes are put on; None where there are none to take, and the log says why."""
     if not settings.index_devices:
         return None
@@ -87,7 +89,16 @@ def _open_gpus(settings: RetrieverSettings) -> GpuPool | None:
         cagra=settings.index_gpu_cagra,
     )
     mib = settings.index_gpu_temp_memory_mib
-    return GpuPool.open(settings.index_devices, options, temp_memory_bytes=None if mib is None else mib << 20)
+
+    def fell_back(reason: SearchFallback) -> None:
+        metrics.search_fallbacks_total.labels(reason.value).inc()
+
+    return GpuPool.open(
+        settings.index_devices,
+        options,
+        temp_memory_bytes=None if mib is None else mib << 20,
+        fell_back=fell_back,
+    )
 
 
 def _open_folder(
@@ -95,7 +106,11 @@ def _open_folder(
 ) -> LocalCorpus:
     def load_index(file: Path) -> VectorIndex:
         index = FaissIndex.load(file, memory_map=settings.memory_map)
-        return index if gpus is None else gpus.place(index)
+        if gpus is not None:
+            return gpus.place(index)
+        if settings.index_devices:
+            index.fallback = IndexFallback.MEMORY_MAP if settings.memory_map else IndexFallback.NO_GPU
+        return index
 
     return LocalCorpus(
         folder,

@@ -108,7 +108,7 @@ class RetrieverSettings(ServiceSettings):
         False, description="on GPUs, vectors of Flat and look-up tables of IVF,PQ in float16"
     )
     index_gpu_cagra: bool = Field(
-        False, description="on GPUs, build a CAGRA graph of a Flat or HNSW index; needs faiss-gpu-cuvs"
+        False, description="on GPUs, build a CAGRA graph of a Flat or HNSW index; needs ragpair[cuvs]"
     )
     index_gpu_temp_memory_mib: int | None = Field(
         None, ge=0, description="scratch memory that faiss sets aside on each GPU; none takes its own amount"

@@ -94,6 +94,10 @@ class Generations:
         self._metrics.index_device.clear()
         for device in self.current.generation.index.devices:
             self._metrics.index_device.labels(device).set(1)
+        self._metrics.index_fallback.clear()
+        fallback = self.current.generation.index.fallback
+        if fallback is not None:
+            self._metrics.index_fallback.labels(fallback.value).set(1)
 
     async def close(self) -> None:
         """Closes all of them."""

@@ -92,9 +92,10 @@ async def serve(settings: RetrieverSettings, started: Callable[[int, int], None]
 
     `started` gets the gRPC and the HTTP port once warmed up. Raises RagError where it cannot start.
     """
-    loaded = await asyncio.to_thread(load, settings)
     metrics = Metrics("retriever")
-    serving = make_serving(loaded, settings, RetrieverMetrics(metrics))
+    retriever_metrics = RetrieverMetrics(metrics)
+    loaded = await asyncio.to_thread(load, settings, retriever_metrics)
+    serving = make_serving(loaded, settings, retriever_metrics)
     readiness = Readiness(_WARMUP)
     server = GrpcServer(settings, service_names=[SERVICE_NAME], readiness=readiness, metrics=metrics)
     retriever_service_pb2_grpc.add_RetrieverServiceServicer_to_server(serving.servicer, server.registrar)
@@ -135,9 +136,9 @@ async def serve(settings: RetrieverSettings, started: Callable[[int, int], None]
         await serving.close()
 
 
-def load(settings: RetrieverSettings) -> Loaded:
+def load(settings: RetrieverSettings, metrics: RetrieverMetrics) -> Loaded:
     """Reads index, documents and tokenizers. Raises a RagError that says what is missing or damaged."""
-    library, corpus = open_backend(settings)
+    library, corpus = open_backend(settings, metrics)
     try:
         manifest = corpus.generation.manifest
         defaults = load_context_defaults(settings.generator_checkpoint)

@@ -46,4 +46,15 @@ class RetrieverMetrics:
         self.index_device = metrics.gauge(
             "index_device", "1 for each device that holds the index that serves: cpu, cuda:0", ["device"]
         )
+        self.index_fallback = metrics.gauge(
+            "index_fallback",
+            "1 while the index that serves was to be on GPUs and is on the CPU, by why: memory_map, no_gpu, kind,"
+            " copy_failed",
+            ["reason"],
+        )
+        self.search_fallbacks_total = metrics.counter(
+            "search_fallbacks_total",
+            "Searches of an index on GPUs that the CPU answered, by why: selection, candidates, too_few_left, failed",
+            ["reason"],
+        )
         self.index_generation = metrics.gauge("index_generation", "Generation of the index that serves")

@@ -17,12 +17,23 @@ RUN pip install --no-cache-dir -c constraints.txt .
 
 FROM python:3.11-slim
 
+# cpu or gpu: on a GPU, Triton needs a C compiler for what calls its kernels, at the first start.
+ARG DEVICE=cpu
+# hadolint ignore=DL3008
+RUN if [ "$DEVICE" = gpu ]; then \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends gcc libc6-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    fi
+
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin ragpair
 COPY --from=build /opt/ragpair /opt/ragpair
 # A container's own loopback is of no use to its callers: listen on every address unless told otherwise.
+# /tmp is what can be written to, also where the rest of the container cannot.
 ENV PATH=/opt/ragpair/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HOME=/tmp/huggingface \
+    TRITON_HOME=/tmp \
     RAG_GENERATOR_GRPC_HOST=0.0.0.0 \
     RAG_GENERATOR_HTTP_HOST=0.0.0.0
 USER 10001:10001

@@ -5,7 +5,7 @@ FROM python:3.11-slim AS build
 # Where torch alone comes from (a CPU or CUDA build); empty takes the default package index.
 ARG TORCH_INDEX_URL=
 ARG TORCH_VERSION=2.13.0
-# cpu or gpu: which faiss.
+# cpu, gpu or cuvs: which faiss.
 ARG EXTRAS=cpu
 
 RUN python -m venv /opt/ragpair

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+from retriever_service.index.fallback import IndexFallback
 from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters, Selection
 
 
@@ -52,6 +53,11 @@ class VectorIndex(ABC):
     def devices(self) -> tuple[str, ...]:
         """Where searches run: "cpu", or GPUs such as "cuda:0"; empty where a cluster searches."""
         return ("cpu",)
+
+    @property
+    def fallback(self) -> IndexFallback | None:
+        """Why it is on the CPU where it was to be on GPUs; None where it is where it was to be."""
+        return None
 
     @property
     def parallel_searches(self) -> int:

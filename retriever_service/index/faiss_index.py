@@ -18,6 +18,7 @@ from retriever_service.index.faiss_parts import (
     search_parameters,
     takes_selector,
 )
+from retriever_service.index.fallback import IndexFallback
 from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters, Selection
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ _FAISS_METRICS = {Metric.INNER_PRODUCT: faiss.METRIC_INNER_PRODUCT, Metric.L2: f
 
 class FaissIndex(VectorIndex):
     """An immutable faiss index on the CPU, in memory or mapped from its file."""
+
+    # Set by whoever would have put it on GPUs: see VectorIndex.
+    fallback: IndexFallback | None = None
 
     def __init__(self, index: Any) -> None:
         """Takes a trained faiss index. Raises ValueError for a metric other than inner product and L2."""

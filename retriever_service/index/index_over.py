@@ -1,6 +1,7 @@
 """What an index that stands over another one answers by it."""
 
 from retriever_service.index.base import VectorIndex
+from retriever_service.index.fallback import IndexFallback
 from retriever_service.types import Metric, SearchParameters
 
 
@@ -44,6 +45,11 @@ class IndexOver(VectorIndex):
     def devices(self) -> tuple[str, ...]:
         """As below: see VectorIndex."""
         return self._below.devices
+
+    @property
+    def fallback(self) -> IndexFallback | None:
+        """As below: see VectorIndex."""
+        return self._below.fallback
 
     @property
     def parallel_searches(self) -> int:

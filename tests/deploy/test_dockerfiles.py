@@ -63,6 +63,24 @@ def test_torch_version_is_the_one_of_the_constraints_and_the_makefile() -> None:
         assert f"TORCH_VERSION={version}" in instructions(service, "ARG")
 
 
+def test_every_extra_with_faiss_takes_the_same_version_of_it() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    faiss = {extra: extras[extra] for extra in ("cpu", "gpu", "cuvs")}
+    assert faiss == {
+        extra: [f"faiss-{name}>=1.15,<1.16"]
+        for extra, name in {"cpu": "cpu", "gpu": "gpu", "cuvs": "gpu-cuvs"}.items()
+    }
+    assert "EXTRAS=cpu" in instructions("retriever", "ARG")
+
+
+def test_generators_image_for_gpus_has_what_triton_compiles_and_writes_with() -> None:
+    """Triton builds a launcher of each kernel with a C compiler, into a folder of a home that the user lacks."""
+    assert "DEVICE=cpu" in instructions("generator", "ARG")
+    [install] = [line for line in instructions("generator", "RUN") if "apt-get install" in line]
+    assert re.search(r'if \[ "\$DEVICE" = gpu \]; .*\bgcc libc6-dev\b', install)
+    assert "TRITON_HOME=/tmp" in " ".join(instructions("generator", "ENV"))
+
+
 def test_build_context_holds_all_that_the_package_build_reads() -> None:
     allowed = {
         line[1:].rstrip("/")

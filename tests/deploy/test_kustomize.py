@@ -1,13 +1,24 @@
-"""The kustomize base: valid, consistent with itself, and with the services that it starts."""
+"""The kustomize base and its overlays: valid, consistent with themselves, and with the services that they start."""
 
+import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from tests.deploy.rendered import BASE, ROOT, container, named, of_kind, tool, workload
+from retriever_service.config import Backend, RetrieverSettings
+from tests.deploy.rendered import (
+    BASE,
+    ROOT,
+    container,
+    loaded_settings,
+    named,
+    of_kind,
+    settings_of,
+    tool,
+    workload,
+)
 
 SERVICES = ["retriever", "generator"]
 WIRE_NAMES = {
@@ -25,32 +36,12 @@ def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
     return bool(selector) and selector.items() <= labels.items()
 
 
-def settings_of(service: str) -> dict[str, str]:
-    data: dict[str, str] = named("ConfigMap", f"{service}-settings")["data"]
-    return data
-
-
-def loaded_settings(service: str, environ: dict[str, str] | None = None) -> Any:
-    from rag_serving.config import load_settings
-
-    cls: Any
-    if service == "retriever":
-        from retriever_service.config import ENV_PREFIX, RetrieverSettings
-
-        prefix, cls = ENV_PREFIX, RetrieverSettings
-    else:
-        from generator_service.config import ENV_PREFIX as GENERATOR_PREFIX
-        from generator_service.config import GeneratorSettings
-
-        prefix, cls = GENERATOR_PREFIX, GeneratorSettings
-    assert prefix == f"RAG_{service.upper()}_"
-    return load_settings(cls, env_prefix=prefix, argv=[], environ=environ or settings_of(service))
-
-
+@pytest.mark.parametrize("overlay", ["base", "gpu", "milvus"])
 @pytest.mark.parametrize("version", ["1.30", "1.32", "1.34"])
-def test_base_is_valid_under_the_strict_schemas(tmp_path: Path, version: str) -> None:
-    rendered = tmp_path / "base.yaml"
-    done = subprocess.run([tool("kubectl"), "kustomize", str(BASE)], capture_output=True, check=True)
+def test_manifests_are_valid_under_the_strict_schemas(tmp_path: Path, version: str, overlay: str) -> None:
+    rendered = tmp_path / "rendered.yaml"
+    command = [tool("kubectl"), "kustomize", str(BASE.parent / overlay)]
+    done = subprocess.run(command, capture_output=True, check=True)
     rendered.write_bytes(done.stdout)
     command = [tool("kubernetes-validate"), "--strict", "--kubernetes-version", version, str(rendered)]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -208,25 +199,68 @@ def test_base_has_no_file_that_kustomize_does_not_read() -> None:
 
 
 def test_milvus_overlay_keeps_nothing_on_disk_and_its_settings_are_the_retrievers() -> None:
-    from retriever_service.config import Backend
-
-    command = [tool("kubectl"), "kustomize", str(BASE.parent / "milvus")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    manifests = [one for one in yaml.safe_load_all(done.stdout) if one]
-    (retriever,) = [one for one in manifests if one["kind"] == "StatefulSet"]
-    pod = retriever["spec"]["template"]["spec"]
-    assert not retriever["spec"]["volumeClaimTemplates"]
+    spec = workload("retriever", overlay="milvus")["spec"]
+    pod = spec["template"]["spec"]
+    assert not spec["volumeClaimTemplates"]
     assert not pod["initContainers"]
-    (served,) = pod["containers"]
+    served = container("retriever", overlay="milvus")
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in served["volumeMounts"]} <= volumes
-    (settings,) = [
-        one["data"]
-        for one in manifests
-        if one["kind"] == "ConfigMap"
-        and one["metadata"]["name"] == served["envFrom"][0]["configMapRef"]["name"]
-    ]
-    loaded = loaded_settings("retriever", settings)
+    [source, token] = served["envFrom"]
+    config_map = named("ConfigMap", "retriever-settings", overlay="milvus")
+    assert source["configMapRef"]["name"] == config_map["metadata"]["name"]
+    assert token["secretRef"]["optional"]
+    loaded = loaded_settings("retriever", overlay="milvus")
     assert loaded.backend is Backend.MILVUS
-    assert settings["RAG_RETRIEVER_MILVUS_URI"] == loaded.milvus_uri
+    assert settings_of("retriever", overlay="milvus")["RAG_RETRIEVER_MILVUS_URI"] == loaded.milvus_uri
     assert str(loaded.activation_root) in {mount["mountPath"] for mount in served["volumeMounts"]}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_gpu_overlay_puts_each_service_on_a_node_with_the_gpus_that_it_asks_for(service: str) -> None:
+    pod = workload(service, overlay="gpu")["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+    assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    served, plain = container(service, overlay="gpu"), container(service)
+    assert served["resources"]["limits"] == {**plain["resources"]["limits"], "nvidia.com/gpu": 1}
+    assert served["resources"]["requests"] == plain["resources"]["requests"]
+    images = {one["image"] for one in [*pod["containers"], *pod.get("initContainers", [])]}
+    assert images == {f"{plain['image']}-gpu"}
+
+
+def test_gpu_overlay_says_every_setting_of_the_index_on_gpus() -> None:
+    names = {name for name in RetrieverSettings.model_fields if name.startswith("index_")} - {"index_folder"}
+    said = settings_of("retriever", overlay="gpu").keys() - settings_of("retriever").keys()
+    assert said == {f"RAG_RETRIEVER_{name.upper()}" for name in names}
+    loaded = loaded_settings("retriever", overlay="gpu")
+    assert loaded.index_devices == "all"
+    assert not loaded.memory_map
+
+
+def test_gpu_overlay_names_the_generators_devices_so_that_it_never_decodes_on_the_cpu_unnoticed() -> None:
+    loaded = loaded_settings("generator", overlay="gpu")
+    limits = container("generator", overlay="gpu")["resources"]["limits"]
+    assert loaded.devices == tuple(f"cuda:{number}" for number in range(limits["nvidia.com/gpu"]))
+    assert loaded.dtype == "bfloat16"
+
+
+def test_update_of_the_generator_on_gpus_waits_for_no_spare_gpu() -> None:
+    strategy = workload("generator", overlay="gpu")["spec"]["strategy"]
+    assert strategy == {"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
+
+
+@pytest.mark.parametrize("kept", SERVICES)
+def test_either_service_can_be_on_gpus_alone(tmp_path: Path, kept: str) -> None:
+    shutil.copytree(BASE.parent, tmp_path / "k8s")
+    kustomization = tmp_path / "k8s" / "gpu" / "kustomization.yaml"
+    overlay = yaml.safe_load(kustomization.read_text())
+    kustomization.write_text(yaml.safe_dump({**overlay, "components": [kept]}))
+    command = [tool("kubectl"), "kustomize", str(kustomization.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    on_gpus = {
+        one["metadata"]["name"]
+        for one in yaml.safe_load_all(done.stdout)
+        if one["kind"] in {"StatefulSet", "Deployment"}
+        and "nvidia.com/gpu" in one["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    }
+    assert on_gpus == {kept}

@@ -229,9 +229,10 @@ def serve_retriever(
             "max_get_documents": 20,
         }
         settings = RetrieverSettings.model_validate(given | overrides)
-        loaded = load(settings)
         metrics = Metrics("retriever")
-        serving = make_serving(loaded, settings, RetrieverMetrics(metrics))
+        retriever_metrics = RetrieverMetrics(metrics)
+        loaded = load(settings, retriever_metrics)
+        serving = make_serving(loaded, settings, retriever_metrics)
         server = GrpcServer(settings, service_names=[SERVICE_NAME], readiness=Readiness(), metrics=metrics)
         retriever_service_pb2_grpc.add_RetrieverServiceServicer_to_server(serving.servicer, server.registrar)
         await server.start()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from retriever_service.index.faiss_index import FaissBuilder, FaissIndex
+from retriever_service.index.fallback import IndexFallback, SearchFallback
 from retriever_service.index.gpu.copy import GpuOptions
 from retriever_service.index.gpu.index import GpuIndex
 from retriever_service.index.gpu.pool import GpuPool
@@ -41,11 +42,19 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> FakeGpus:
 
 
 @pytest.fixture
-def pool() -> Iterator[Callable[..., GpuPool]]:
+def fallbacks() -> list[SearchFallback]:
+    """Why searches went to the CPU, in their order."""
+    return []
+
+
+@pytest.fixture
+def pool(fallbacks: list[SearchFallback]) -> Iterator[Callable[..., GpuPool]]:
     opened = []
 
     def open_pool(devices: str = "all", *, temp_memory_bytes: int | None = None, **options: Any) -> GpuPool:
-        pool = GpuPool.open(devices, GpuOptions(**options), temp_memory_bytes=temp_memory_bytes)
+        pool = GpuPool.open(
+            devices, GpuOptions(**options), temp_memory_bytes=temp_memory_bytes, fell_back=fallbacks.append
+        )
         assert pool is not None
         opened.append(pool)
         return pool
@@ -74,6 +83,7 @@ def test_kind_that_faiss_has_on_gpus_is_searched_there(
     np.testing.assert_array_equal(index.search(QUESTIONS, 7, OWN)[0], index.cpu.search(QUESTIONS, 7, OWN)[0])
     assert [one.n_docs for one in gpus.searches] == [7]
     assert index.settings() == index.cpu.settings()
+    assert index.fallback is None
 
 
 @pytest.mark.parametrize(
@@ -99,6 +109,7 @@ def test_kind_that_faiss_lacks_on_gpus_stays_on_the_cpu_and_one_line_says_why(
         index = pool().place(cpu)
     assert index is cpu
     assert index.devices == ("cpu",)
+    assert index.fallback is IndexFallback.KIND
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert named in caplog.text
     assert reason in caplog.text
@@ -117,7 +128,7 @@ def test_gpus_that_are_not_there_leave_indexes_on_the_cpu_and_one_line_says_so(
     reason: str,
 ) -> None:
     FakeGpus(num_gpus=num_gpus).install(monkeypatch)
-    assert GpuPool.open(devices, GpuOptions(), temp_memory_bytes=None) is None
+    assert GpuPool.open(devices, GpuOptions(), temp_memory_bytes=None, fell_back=print) is None
     assert [record.getMessage() for record in caplog.records] == [
         f"indexes stay on the CPU: --index-devices {devices}: {reason}"
     ]
@@ -126,7 +137,7 @@ def test_gpus_that_are_not_there_leave_indexes_on_the_cpu_and_one_line_says_so(
 def test_faiss_without_gpu_code_is_named(caplog: pytest.LogCaptureFixture) -> None:
     if hasattr(faiss, "StandardGpuResources"):
         pytest.skip("this faiss has GPU code")
-    assert GpuPool.open("0", GpuOptions(), temp_memory_bytes=None) is None
+    assert GpuPool.open("0", GpuOptions(), temp_memory_bytes=None, fell_back=print) is None
     assert "this faiss has no GPU code: install ragpair[gpu]" in caplog.text
 
 
@@ -208,18 +219,25 @@ def test_float16_is_asked_for_and_its_scores_are_not_called_exact(
 
 @pytest.mark.parametrize("kind", ["Flat", "IVF16,Flat"])
 def test_narrow_selection_is_searched_on_the_cpu_with_the_same_answer(
-    gpus: FakeGpus, pool: Callable[..., GpuPool], kind: str
+    gpus: FakeGpus,
+    pool: Callable[..., GpuPool],
+    kind: str,
+    fallbacks: list[SearchFallback],
 ) -> None:
     index = placed(pool("0"), kind)
     few = np.arange(0, 2000, 5)
     rows, _ = index.search(QUESTIONS, 5, OWN, Selection(few))
     np.testing.assert_array_equal(rows, index.cpu.search(QUESTIONS, 5, OWN, Selection(few))[0])
     assert not gpus.searches
+    assert fallbacks == [SearchFallback.SELECTION]
 
 
 @pytest.mark.parametrize("kind", ["Flat", "IVF16,Flat"])
 def test_rows_hidden_by_changes_are_dropped_from_what_a_gpu_finds(
-    gpus: FakeGpus, pool: Callable[..., GpuPool], kind: str
+    gpus: FakeGpus,
+    pool: Callable[..., GpuPool],
+    kind: str,
+    fallbacks: list[SearchFallback],
 ) -> None:
     index = placed(pool("0"), kind)
     live, reference = LiveIndex(index, None), LiveIndex(index.cpu, None)
@@ -232,10 +250,13 @@ def test_rows_hidden_by_changes_are_dropped_from_what_a_gpu_finds(
     np.testing.assert_array_equal(scores, expected_scores)
     assert [one.n_docs for one in gpus.searches] == [5 + min(len(hidden), 5 + 32)]
     assert live.devices == ("cuda:0",)
+    assert not fallbacks
 
 
 def test_search_that_hidden_rows_leave_short_is_done_again_on_the_cpu(
-    gpus: FakeGpus, pool: Callable[..., GpuPool]
+    gpus: FakeGpus,
+    pool: Callable[..., GpuPool],
+    fallbacks: list[SearchFallback],
 ) -> None:
     """All that a GPU was asked for may be hidden: then it has not looked far enough."""
     index = placed(pool("0"), "Flat")
@@ -245,18 +266,25 @@ def test_search_that_hidden_rows_leave_short_is_done_again_on_the_cpu(
     rows, _ = live.search(QUESTIONS[:1], 5, OWN)
     np.testing.assert_array_equal(rows[0], index.cpu.search(QUESTIONS[:1], 105, OWN)[0][0, 100:])
     assert [one.n_docs for one in gpus.searches] == [42]
+    assert fallbacks == [SearchFallback.TOO_FEW_LEFT]
 
 
 def test_more_candidates_than_a_gpu_selects_are_the_cpus(
-    gpus: FakeGpus, pool: Callable[..., GpuPool]
+    gpus: FakeGpus,
+    pool: Callable[..., GpuPool],
+    fallbacks: list[SearchFallback],
 ) -> None:
     rows, _ = placed(pool("0"), "Flat").search(QUESTIONS, 1500, OWN)
     assert rows.shape == (20, 1500)
     assert not gpus.searches
+    assert fallbacks == [SearchFallback.CANDIDATES]
 
 
 def test_search_that_a_gpu_fails_is_answered_by_the_cpu_and_said_once(
-    gpus: FakeGpus, pool: Callable[..., GpuPool], caplog: pytest.LogCaptureFixture
+    gpus: FakeGpus,
+    pool: Callable[..., GpuPool],
+    caplog: pytest.LogCaptureFixture,
+    fallbacks: list[SearchFallback],
 ) -> None:
     index = placed(pool("0"), "Flat")
     gpus.search_error = RuntimeError("Error in f at /x/y.cpp:1: out of memory")
@@ -270,6 +298,7 @@ def test_search_that_a_gpu_fails_is_answered_by_the_cpu_and_said_once(
     gpus.search_error = None
     index.search(QUESTIONS, 7, OWN)
     assert len(gpus.searches) == 4
+    assert fallbacks == [SearchFallback.FAILED] * 3
 
 
 def test_index_that_finds_no_memory_stays_on_the_cpu_until_another_leaves(
@@ -283,7 +312,10 @@ def test_index_that_finds_no_memory_stays_on_the_cpu_until_another_leaves(
     assert "out of memory; cuda:1: " in caplog.text
     assert (old.devices, new.devices) == (("cuda:0", "cuda:1"), ("cpu",))
     np.testing.assert_array_equal(new.search(QUESTIONS, 7, OWN)[0], new.cpu.search(QUESTIONS, 7, OWN)[0])
+    assert (old.fallback, new.fallback) == (None, IndexFallback.COPY_FAILED)
+    assert LiveIndex(new, None).fallback is IndexFallback.COPY_FAILED
     old.close()
+    assert new.fallback is None
     assert (old.devices, new.devices) == (("cpu",), ("cuda:0", "cuda:1"))
     assert gpus.on_device == {0: 2000, 1: 2000}
     np.testing.assert_array_equal(old.search(QUESTIONS, 7, OWN)[0], old.cpu.search(QUESTIONS, 7, OWN)[0])

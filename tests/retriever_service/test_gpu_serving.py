@@ -63,13 +63,21 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-def devices_in(metrics: Any) -> dict[str, float]:
+def labelled(metrics: Any, name: str, label: str) -> dict[str, float]:
     return {
-        sample.labels["device"]: sample.value
+        sample.labels[label]: sample.value
         for metric in metrics.registry.collect()
-        if metric.name == "rag_retriever_index_device"
         for sample in metric.samples
+        if sample.name == f"rag_retriever_{name}"
     }
+
+
+def devices_in(metrics: Any) -> dict[str, float]:
+    return labelled(metrics, "index_device", "device")
+
+
+def fallbacks_in(metrics: Any) -> dict[str, float]:
+    return labelled(metrics, "index_fallback", "reason")
 
 
 async def test_answers_from_gpus_are_those_of_the_cpu_filtered_or_not(
@@ -89,6 +97,9 @@ async def test_answers_from_gpus_are_those_of_the_cpu_filtered_or_not(
                 [await keys_found(stub, seed, filter=one) for seed in range(5) for one in conditions]
             )
             assert len(gpus.searches) - before == (5 if devices else 0)
+            assert not fallbacks_in(metrics)
+            filtered = {"selection": 5.0} if devices else {}
+            assert labelled(metrics, "search_fallbacks_total", "reason") == filtered
     assert answers[0] == answers[1]
     assert answers[0][0] != answers[0][1]
     assert gpus.on_device == {0: 0, 1: 0}
@@ -149,6 +160,7 @@ async def test_index_without_room_beside_the_one_of_before_moves_once_that_is_go
         await ended(stub, begun.operation)
         assert (await described(stub)).generation == 2
         await until(lambda: devices_in(metrics) == {"cuda:0": 1.0})
+        assert not fallbacks_in(metrics)
         assert "the index stays on the CPU: kind Flat: cuda:0: " in caplog.text
         before = len(gpus.searches)
         await keys_found(stub, 3)
@@ -159,9 +171,48 @@ async def test_mapped_index_stays_on_the_cpu_and_one_line_says_why(
     serve_retriever: Serve, folder: Path, gpus: FakeGpus, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        async with serve_retriever(index_folder=folder, index_devices="0", memory_map=True) as (_, stub, _):
+        async with serve_retriever(index_folder=folder, index_devices="0", memory_map=True) as (
+            _,
+            stub,
+            metrics,
+        ):
             assert list((await described(stub)).devices) == ["cpu"]
+            assert fallbacks_in(metrics) == {"memory_map": 1.0}
     assert caplog.text.count("indexes stay on the CPU: --memory-map") == 1
+
+
+@pytest.mark.parametrize(
+    ("of_gpus", "devices", "reason"),
+    [
+        ({"num_gpus": 0}, "all", "no_gpu"),
+        ({}, "7", "no_gpu"),
+        ({"vectors_that_fit": 59}, "0", "copy_failed"),
+        ({}, "", None),
+    ],
+)
+async def test_metric_says_why_an_index_for_gpus_is_on_the_cpu(
+    serve_retriever: Serve,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of_gpus: dict[str, int],
+    devices: str,
+    reason: str | None,
+) -> None:
+    FakeGpus(**of_gpus).install(monkeypatch)
+    async with serve_retriever(index_folder=folder, index_devices=devices) as (_, stub, metrics):
+        assert list((await described(stub)).devices) == ["cpu"]
+        assert fallbacks_in(metrics) == ({} if reason is None else {reason: 1.0})
+        await keys_found(stub, 3)
+        # The index's fallback says it already: not each search again.
+        assert not labelled(metrics, "search_fallbacks_total", "reason")
+
+
+async def test_metric_names_a_kind_that_faiss_lacks_on_gpus(
+    serve_retriever: Serve, tmp_path: Path, corpus: Path, build_corpus: Callable[..., Any], gpus: FakeGpus
+) -> None:
+    build_corpus(corpus, tmp_path / "index", kind="HNSW8")
+    async with serve_retriever(index_folder=tmp_path / "index", index_devices="0") as (_, _stub, metrics):
+        assert fallbacks_in(metrics) == {"kind": 1.0}
 
 
 @pytest.mark.parametrize("devices", ["cuda", "0,", "gpu:0", "-1", "0 1"])

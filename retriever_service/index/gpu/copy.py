@@ -118,7 +118,7 @@ def check_movable(index: Any, options: GpuOptions) -> None:
     index = faiss.downcast_index(index)
     if becomes_cagra(index, options):
         if not hasattr(_faiss, "GpuIndexCagra"):
-            raise GpuError("CAGRA needs faiss with cuVS: install faiss-gpu-cuvs")
+            raise GpuError("CAGRA needs faiss with cuVS: install ragpair[cuvs] in place of ragpair[gpu]")
         if options.sharding:
             raise GpuError("CAGRA cannot be split over GPUs: leave --index-gpu-sharding out")
         return

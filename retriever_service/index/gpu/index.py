@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from retriever_service.index.faiss_index import FaissIndex
+from retriever_service.index.fallback import IndexFallback, SearchFallback
 from retriever_service.index.gpu.copy import GpuCopy, GpuOptions, becomes_cagra
 from retriever_service.index.gpu.device import GpuError
 from retriever_service.index.index_over import IndexOver
@@ -36,13 +37,18 @@ class GpuIndex(IndexOver):
         *,
         parallel_searches: int,
         left: Callable[["GpuIndex"], None],
+        fell_back: Callable[[SearchFallback], None],
     ) -> None:
-        """Has no copies yet: see `put`. `parallel_searches` is how many there may be; `left` hears of the end."""
+        """Has no copies yet: see `put`. `parallel_searches` is how many there may be.
+
+        `left` hears of the end, `fell_back` of each search that the CPU answers though there are copies.
+        """
         super().__init__(cpu)
         self.cpu = cpu
         self._options = options
         self._parallel_searches = parallel_searches
         self._left = left
+        self._fell_back = fell_back
         self._is_cagra = becomes_cagra(cpu.faiss_index, options)
         self._choosing = threading.Lock()
         self._copies: tuple[GpuCopy, ...] = ()
@@ -63,6 +69,11 @@ class GpuIndex(IndexOver):
     def devices(self) -> tuple[str, ...]:
         """The GPUs that hold it, or the CPU while none does."""
         return tuple(name for copy in self._copies for name in copy.names) or self.cpu.devices
+
+    @property
+    def fallback(self) -> IndexFallback | None:
+        """Says so where no GPU would take a copy: see VectorIndex."""
+        return None if self._copies else IndexFallback.COPY_FAILED
 
     @property
     def parallel_searches(self) -> int:
@@ -105,7 +116,13 @@ class GpuIndex(IndexOver):
         left_out = 0 if selection is None else self.ntotal - len(selection)
         n_docs = min(n_docs, self.ntotal - left_out)
         num_candidates = min(n_docs + left_out, 2 * n_docs + 32)
-        if n_docs == 0 or left_out > _MAX_LEFT_OUT * self.ntotal or num_candidates > _MAX_CANDIDATES:
+        if n_docs == 0 or not self._copies:
+            return None
+        if left_out > _MAX_LEFT_OUT * self.ntotal:
+            self._fell_back(SearchFallback.SELECTION)
+            return None
+        if num_candidates > _MAX_CANDIDATES:
+            self._fell_back(SearchFallback.CANDIDATES)
             return None
         copy = self._least_busy()
         if copy is None:
@@ -115,13 +132,17 @@ class GpuIndex(IndexOver):
             rows, scores = copy.search(vectors, num_candidates if left_out else n_docs, parameters)
         except GpuError as error:
             self._warn(copy, error)
+            self._fell_back(SearchFallback.FAILED)
             return None
         finally:
             with self._choosing:
                 copy.searches -= 1
         if selection is None:
             return rows, scores
-        return _chosen(rows, scores, n_docs, selection, self.ntotal)
+        found = _chosen(rows, scores, n_docs, selection, self.ntotal)
+        if found is None:
+            self._fell_back(SearchFallback.TOO_FEW_LEFT)
+        return found
 
     def _least_busy(self) -> GpuCopy | None:
         with self._choosing:

@@ -2,9 +2,10 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from retriever_service.index.faiss_index import FaissIndex
+from retriever_service.index.fallback import IndexFallback, SearchFallback
 from retriever_service.index.gpu.copy import GpuCopy, GpuOptions, check_movable
 from retriever_service.index.gpu.device import GpuDevice, GpuError, device_numbers
 from retriever_service.index.gpu.index import GpuIndex
@@ -16,23 +17,37 @@ _STAYS = "the index stays on the CPU: kind %s: %s"
 class GpuPool:
     """Shared by the generations of a retriever, of which a few serve at once."""
 
-    def __init__(self, devices: Sequence[GpuDevice], options: GpuOptions) -> None:
+    def __init__(
+        self, devices: Sequence[GpuDevice], options: GpuOptions, fell_back: Callable[[SearchFallback], None]
+    ) -> None:
         self._devices = devices
         self._options = options
+        self._fell_back = fell_back
         # A copy of an index for each, or one in shards on all of them.
         self._groups = [devices] if options.sharding else [[device] for device in devices]
         self._moving = threading.Lock()
         self._waiting: list[GpuIndex] = []
 
     @classmethod
-    def open(cls, devices: str, options: GpuOptions, *, temp_memory_bytes: int | None) -> "GpuPool | None":
-        """Takes the GPUs that a setting names: see `device_numbers`. None, and a log line, where it cannot."""
+    def open(
+        cls,
+        devices: str,
+        options: GpuOptions,
+        *,
+        temp_memory_bytes: int | None,
+        fell_back: Callable[[SearchFallback], None],
+    ) -> "GpuPool | None":
+        """Takes the GPUs that a setting names: see `device_numbers`. None, and a log line, where it cannot.
+
+        `fell_back` hears, in any thread, of each search that the CPU answers in a GPU's place.
+        """
         try:
             numbers = device_numbers(devices)
         except GpuError as error:
             logger.warning("indexes stay on the CPU: --index-devices %s: %s", devices, error)
             return None
-        return cls([GpuDevice(number, temp_memory_bytes=temp_memory_bytes) for number in numbers], options)
+        gpus = [GpuDevice(number, temp_memory_bytes=temp_memory_bytes) for number in numbers]
+        return cls(gpus, options, fell_back)
 
     def place(self, index: FaissIndex) -> FaissIndex | GpuIndex:
         """Puts an index on the GPUs; the log says where it is, or why it stays on the CPU.
@@ -43,8 +58,15 @@ class GpuPool:
             check_movable(index.faiss_index, self._options)
         except GpuError as error:
             logger.warning(_STAYS, index.kind(), error)
+            index.fallback = IndexFallback.KIND
             return index
-        placed = GpuIndex(index, self._options, parallel_searches=len(self._groups), left=self._left)
+        placed = GpuIndex(
+            index,
+            self._options,
+            parallel_searches=len(self._groups),
+            left=self._left,
+            fell_back=self._fell_back,
+        )
         self._move(placed)
         return placed
 
