@@ -42,7 +42,8 @@ def other_folder(tmp_path: Path, build_corpus: Build) -> Path:
 async def reading(folder: Path, checkpoint: Path, **settings: Any) -> AsyncIterator[Serving]:
     given = {"index_folder": folder, "generator_checkpoint": str(checkpoint), "read_only": True}
     checked = RetrieverSettings.model_validate(given | settings)
-    serving = make_serving(load(checked), checked, RetrieverMetrics(Metrics("retriever")))
+    metrics = RetrieverMetrics(Metrics("retriever"))
+    serving = make_serving(load(checked, metrics), checked, metrics)
     try:
         yield serving
     finally:
