@@ -7,6 +7,9 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
+from rag_serving.interceptors.deadline import request_deadline_s
+from retriever_service.work_limit import WorkLimit
+
 _WorkT = TypeVar("_WorkT")
 _AnswerT = TypeVar("_AnswerT")
 _JOBS_AT_ONCE = 32
@@ -17,6 +20,8 @@ _JOBS_AT_ONCE = 32
 class _Job(Generic[_WorkT, _AnswerT]):
     work: _WorkT
     done: asyncio.Future[_AnswerT]
+    deadline_s: float | None
+    limit: WorkLimit | None = None
     answer: _AnswerT | None = None
     error: BaseException | None = None
 
@@ -45,17 +50,26 @@ class Completions(Generic[_WorkT, _AnswerT]):
     async def run(self, work: _WorkT) -> _AnswerT:
         """Returns the answer of one job, or raises what it raises alone."""
         loop = asyncio.get_running_loop()
-        job: _Job[_WorkT, _AnswerT] = _Job(work, loop.create_future())
+        job: _Job[_WorkT, _AnswerT] = _Job(work, loop.create_future(), request_deadline_s())
         self._waiting.append(job)
         # Not at once: what else this turn of the loop brings goes along.
         loop.call_soon(self._start, loop)
-        return await job.done
+        try:
+            return await job.done
+        except asyncio.CancelledError:
+            if job.limit is not None:
+                job.limit.leave()
+            raise
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._waiting and self._running < self._max_threads:
             jobs = [self._waiting.popleft() for _ in range(min(_JOBS_AT_ONCE, len(self._waiting)))]
+            jobs = [job for job in jobs if not job.done.done()]
+            limit = WorkLimit.latest(job.deadline_s for job in jobs)
+            for job in jobs:
+                job.limit = limit
             self._running += 1
-            self._executor.submit(self._work, jobs, loop)
+            self._executor.submit(limit.run, self._work, jobs, loop)
 
     def _work(self, jobs: list[_Job[_WorkT, _AnswerT]], loop: asyncio.AbstractEventLoop) -> None:
         awaited = [job for job in jobs if not job.done.done()]

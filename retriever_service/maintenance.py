@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from rag_serving.errors import InvalidArgumentError, RagError, UnavailableError
+from rag_serving.interceptors.deadline import request_deadline_s
 from retriever_service.corpus.base import Corpus, CorpusLibrary, Delete, Deleted, Page, Upsert, Upserted
 from retriever_service.errors import BuildError, NoPassageEncoderError, ReadOnlyError
 from retriever_service.generations import Generations, Served
@@ -15,6 +16,7 @@ from retriever_service.index.manifest import Embedding, Manifest
 from retriever_service.operations import Operation, Operations
 from retriever_service.retriever import Retriever
 from retriever_service.types import Float32Array
+from retriever_service.work_limit import WorkLimit, run_limited
 
 logger = logging.getLogger(__name__)
 AnswerT = TypeVar("AnswerT")
@@ -99,7 +101,7 @@ class Maintenance:
     async def page(self, after_key: str | None, size: int) -> tuple[Page, int]:
         """Returns documents by key, and how many there are."""
         with self._generations.lease() as served:
-            page = await asyncio.to_thread(served.corpus.page, after_key, size)
+            page = await run_limited(None, served.corpus.page, after_key, size)
             return page, served.generation.index.ntotal
 
     def compact(self) -> Operation[Served]:
@@ -172,11 +174,13 @@ class Maintenance:
         async with self._changing:
             corpus = self._generations.current.corpus
             loop = asyncio.get_running_loop()
-            running = loop.run_in_executor(self._changes, work, corpus)
+            limit = WorkLimit(request_deadline_s())
+            running = loop.run_in_executor(self._changes, limit.run, work, corpus)
             try:
                 # Shielded: a caller that goes away must not free the lock while its change is written.
                 answer = await asyncio.shield(running)
             except asyncio.CancelledError:
+                limit.leave()
                 await asyncio.wait([running])
                 raise
         self._generations.show()

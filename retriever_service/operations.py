@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from rag_serving.errors import CancelledByCallerError, InternalError, RagError
+from rag_serving.interceptors.deadline import without_deadline
 from retriever_service.errors import OperationNotFoundError, OperationRunningError
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,9 @@ class Operations(Generic[ResultT]):
         self._operations[operation.name] = operation
         while len(self._operations) > _REMEMBERED:
             self._operations.popitem(last=False)
-        self._running = asyncio.create_task(self._run(operation, work), name=operation.name)
+        self._running = asyncio.create_task(
+            self._run(operation, work), name=operation.name, context=without_deadline()
+        )
         return operation
 
     def get(self, name: str) -> Operation[ResultT]:

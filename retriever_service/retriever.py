@@ -21,6 +21,7 @@ from retriever_service.selections import Selections
 from retriever_service.store.base import DocumentStore
 from retriever_service.store.passage_reader import PassageCache, PassageReader
 from retriever_service.types import Document, Int64Array, Query, Retrieved, Selection
+from retriever_service.work_limit import run_limited
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ class Retriever:
         def read() -> tuple[dict[str, Document], dict[int, Document]]:
             return dict(self.store.documents_by_key(keys)), dict(self.store.documents_by_row(rows))
 
-        return await asyncio.get_running_loop().run_in_executor(self._pool, read)
+        return await run_limited(self._pool, read)
 
     async def close(self) -> None:
         """Stops the threads; index and store belong to who opened them."""

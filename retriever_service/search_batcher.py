@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from rag_serving.interceptors.deadline import request_deadline_s
 from retriever_service.index.base import VectorIndex
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.types import Float32Array, Int64Array, SearchParameters, Selection
+from retriever_service.work_limit import WorkLimit
 
 FinishedT = TypeVar("FinishedT")
 
@@ -26,6 +28,8 @@ class _Waiting:
     found: asyncio.Future[tuple[Int64Array, Any]]
     since_s: float
     finish: Callable[[Int64Array], Any] | None
+    deadline_s: float | None
+    limit: WorkLimit | None = None
 
     @property
     def key(self) -> tuple[int, SearchParameters, Selection | None]:
@@ -38,8 +42,9 @@ class SearchBatcher:
 
     While searches run, requests gather for the next. The window is waited out only where requests come
     close together: one that comes alone is searched at once. A request that was cancelled while it waited
-    is dropped; where a shared search fails, each of its requests is searched alone, so that only the one at
-    fault fails. All methods belong to the event loop's thread.
+    is dropped, and a search ends with the last of its requests where the index can end one (WorkLimit); where
+    a shared search fails, each of its requests is searched alone, so that only the one at fault fails. All
+    methods belong to the event loop's thread.
     """
 
     def __init__(
@@ -89,9 +94,17 @@ class SearchBatcher:
             self._workers.append(asyncio.create_task(self._work(), name="search batcher"))
         found: asyncio.Future[tuple[Int64Array, FinishedT | None]]
         found = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(vectors, n_docs, parameters, selection, found, time.monotonic(), finish))
+        waiting = _Waiting(
+            vectors, n_docs, parameters, selection, found, time.monotonic(), finish, request_deadline_s()
+        )
+        self._queue.append(waiting)
         self._arrived.set()
-        return await found
+        try:
+            return await found
+        except asyncio.CancelledError:
+            if waiting.limit is not None:
+                waiting.limit.leave()
+            raise
 
     async def close(self) -> None:
         """Stops; requests still waiting are cancelled."""
@@ -160,17 +173,21 @@ class SearchBatcher:
                 batch[0].found.set_exception(error)
             return
         for waiting in batch:
-            await self._serve([waiting])
+            if not waiting.found.done():
+                await self._serve([waiting])
 
     async def _run(self, batch: list[_Waiting]) -> tuple[Int64Array, Any]:
         vectors = batch[0].vectors if len(batch) == 1 else np.concatenate([one.vectors for one in batch])
         self._metrics.search_batch_questions.observe(len(vectors))
         n_docs, parameters, selection = batch[0].key
         finish = batch[0].finish if len(vectors) == 1 and not self._queue else None
+        limit = WorkLimit.latest(one.deadline_s for one in batch)
+        for one in batch:
+            one.limit = limit
 
         def search() -> tuple[Int64Array, Any]:
             with self._metrics.search_seconds.time():
                 rows = self._index.search(vectors, n_docs, parameters, selection)[0]
             return rows, None if finish is None else finish(rows)
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, search)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, limit.run, search)

@@ -4,7 +4,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
+from contextvars import Context as Variables
+from contextvars import ContextVar, copy_context
 
 from rag_serving.errors import DeadlineExceededError
 from rag_serving.interceptors.base import Context, RpcInterceptor
@@ -16,6 +17,18 @@ def time_left_s() -> float | None:
     """Seconds until the current RPC's deadline, at least 0; None outside an RPC."""
     deadline = _deadline.get()
     return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def request_deadline_s() -> float | None:
+    """The current RPC's deadline, in seconds of time.monotonic; None outside an RPC."""
+    return _deadline.get()
+
+
+def without_deadline() -> Variables:
+    """Returns a context, as asyncio.create_task takes it, for a task that outlives the current RPC."""
+    variables = copy_context()
+    variables.run(_deadline.set, None)
+    return variables
 
 
 class DeadlineInterceptor(RpcInterceptor):

@@ -221,6 +221,9 @@ def milvus_import(
     milvus_token_file: Annotated[
         Path | None, typer.Option(help="file that holds user:password or the API key")
     ] = None,
+    filter_indexes: Annotated[
+        str, typer.Option(help="metadata fields to index for filters, beside those of the folder's build")
+    ] = "",
 ) -> None:
     """Copies an index folder, changes included, into Milvus, for `rag-retriever --backend milvus` to serve.
 
@@ -228,7 +231,10 @@ def milvus_import(
     """
     token = "" if milvus_token_file is None else milvus_token_file.read_text(encoding="utf-8").strip()
     library = MilvusLibrary(
-        MilvusAddress(milvus_uri, token, milvus_database), milvus_collection, lease_s=_LEASE_S
+        MilvusAddress(milvus_uri, token, milvus_database),
+        milvus_collection,
+        lease_s=_LEASE_S,
+        filter_indexes=_fields(filter_indexes),
     )
     with contextlib.closing(library), shown_progress(_console) as progress:
         corpus, generation = library.open(folder, library.next_number(), [], progress, threading.Event())

@@ -5,17 +5,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rag_serving.errors import DataLossError, InternalError, StartupError, UnavailableError
+from rag_serving.errors import DataLossError, InternalError, RagError, StartupError, UnavailableError
 from retriever_service.errors import DiskFullError
+from retriever_service.milvus.channel import MilvusChannel
+from retriever_service.work_limit import current_limit
 
-# Codes of Milvus: memory, disk, rate and quota limits; a collection that is gone; a parameter of ours.
+# Codes of Milvus: memory, disk, rate and quota limits; a collection that is gone; a service that is not ready; a
+# parameter of ours.
 _EXHAUSTED = {3, 7, 8, 9}
 _GONE = {100}
+_NOT_READY = {1, 2}
 _WRONG = {1100}
 _RETRY_AFTER_S = 1.0
 _ROWS_PER_INSERT = 200  # of 300 KB at most: Milvus takes messages of 64 MB
-# pymilvus pings every 10 s, in idle hours too; servers with gRPC's own limits hang up on that. Calls have a time limit.
-_CHANNEL_OPTIONS = {"grpc.keepalive_time_ms": 300_000, "grpc.keepalive_permit_without_calls": False}
+_GLOBAL_CLUSTER = "global-cluster"  # in the addresses that pymilvus asks another service about first
 _STRONG = 0  # ConsistencyLevel.Strong; a name would not do beside "iterator"
 
 
@@ -32,8 +35,9 @@ class MilvusAddress:
 class MilvusConnection:
     """One connection, used from many threads. Every read is strongly consistent: it sees all that was acknowledged.
 
-    Every method raises UnavailableError where Milvus does not answer in time, DiskFullError where a limit of
-    memory, disk, rate or quota stands in the way, and DataLossError where the collection is gone.
+    What a thread does for requests ends with them (WorkLimit): every method then raises DeadlineExceededError or
+    CancelledByCallerError. Every method raises UnavailableError where Milvus does not answer in time, DiskFullError
+    where a limit of memory, disk, rate or quota stands in the way, and DataLossError where the collection is gone.
     """
 
     def __init__(self, address: MilvusAddress) -> None:
@@ -47,13 +51,16 @@ class MilvusConnection:
         # Every failure is raised here too, and says less at greater length there.
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
         self.address = address
+        if _GLOBAL_CLUSTER in address.uri.lower():
+            raise StartupError(f"{address.uri} stands for several clusters: give the address of one")
         try:
             self._client: Any = MilvusClient(
                 uri=address.uri,
                 token=address.token,
                 db_name=address.database,
                 timeout=address.timeout_s,
-                grpc_options=_CHANNEL_OPTIONS,
+                channel=MilvusChannel(address.uri),
+                dedicated=True,  # pymilvus makes channels of its own for connections that it shares
             )
         except Exception as error:
             raise self._meaning(error) from error
@@ -63,9 +70,23 @@ class MilvusConnection:
         """Calls a method of pymilvus.MilvusClient."""
         try:
             timeout = self.address.timeout_s if timeout_s is None else timeout_s
+            if current_limit().left_s() is not None:
+                # The caller has the time of its deadline, and is told when to come again.
+                named["retry_on_rate_limit"] = False
             return getattr(self._client, method)(*arguments, timeout=timeout, **named)
         except Exception as error:
             raise self._meaning(error) from error
+
+    def refused(self, method: str, *arguments: Any, **named: Any) -> str | None:
+        """Calls a method with what not every Milvus can do; returns why it refuses, None where it does not."""
+        try:
+            getattr(self._client, method)(*arguments, timeout=self.address.timeout_s, **named)
+        except Exception as error:
+            code = getattr(error, "code", None)
+            if _own(error) is not None or code in _EXHAUSTED | _GONE | _NOT_READY:
+                raise self._meaning(error) from error
+            return _said(error)
+        return None
 
     def query(self, collection: str, expression: str, fields: Sequence[str], **named: Any) -> list[Any]:
         """Returns the entities that meet the expression, in no order."""
@@ -110,9 +131,11 @@ class MilvusConnection:
         self._client.close()
 
     def _meaning(self, error: Exception) -> Exception:
+        said_here = _own(error)
+        if said_here is not None:
+            return said_here
         code = getattr(error, "code", None)
-        said = getattr(error, "message", "") or str(error)
-        message = f"Milvus at {self.address.uri}: {said}"
+        message = f"Milvus at {self.address.uri}: {_said(error)}"
         if code in _EXHAUSTED:
             return DiskFullError(message, retry_after_s=5.0)
         if code in _GONE:
@@ -120,3 +143,19 @@ class MilvusConnection:
         if code in _WRONG:
             return InternalError(message)
         return UnavailableError(message, retry_after_s=_RETRY_AFTER_S, reason="MILVUS_UNAVAILABLE")
+
+
+def _own(error: Exception) -> RagError | None:
+    """Returns what was raised below pymilvus, which wraps it; its errors may be causes of themselves."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        if isinstance(cause, RagError):
+            return cause
+        seen.append(cause)
+        cause = cause.__cause__
+    return None
+
+
+def _said(error: Exception) -> str:
+    return str(getattr(error, "message", "") or error)

@@ -22,11 +22,13 @@ from retriever_service.corpus.base import (
 from retriever_service.errors import EtagError, KeyExistsError, ReadOnlyError, RequestIdReusedError
 from retriever_service.milvus.connection import MilvusConnection
 from retriever_service.milvus.entities import entity
+from retriever_service.milvus.filter_indexes import create_filter_indexes
 from retriever_service.milvus.index import MilvusIndex
 from retriever_service.milvus.lease import Lease
 from retriever_service.milvus.log import ChangeLog, Facts
 from retriever_service.milvus.state import Change, Shown, State
 from retriever_service.milvus.store import MilvusStore
+from retriever_service.work_limit import WorkLimit, current_limit
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ class MilvusCorpus(Corpus):
     New versions are written to rows behind the last that is shown, where no search looks; then one entity in
     the log, which says what they are and what they replace, makes the change; then searches are shown it. What
     was replaced is left out by every search, and deleted once no search can still be reading it. A change whose
-    log entity may or may not have been written is written again, the same, before any other.
+    log entity may or may not have been written is written again, the same, before any other. What is read for a
+    request ends with it; what has begun to be written is written to its end.
     """
 
     def __init__(
@@ -153,8 +156,12 @@ class MilvusCorpus(Corpus):
                 replaced=replaced,
                 void=self._void,
             )
+            current_limit().left_s()
             try:
-                self._connection.upsert(self.collection, entities)
+                with (
+                    WorkLimit().applied()
+                ):  # cut off by a deadline, it would leave rows that are never given again
+                    self._connection.upsert(self.collection, entities)
             except RagError:
                 # They may be there, or come yet: no later change may have their rows.
                 self._void.append((first, first + len(entities)))
@@ -183,6 +190,7 @@ class MilvusCorpus(Corpus):
                     missing=[place for place, key in enumerate(keys) if key not in current],
                     void=self._void,
                 )
+                current_limit().left_s()
                 if hidden or batch.request_id:
                     self._commit(batch.request_id, change)
         missing_keys = [batch.references[place][0] for place in change.missing]
@@ -211,6 +219,18 @@ class MilvusCorpus(Corpus):
             done = self._settled().num_changes
             self._set_facts(self._facts.model_copy(update={"compacted_changes": done}))
             return self.renumber(self._generation.number + 1)
+
+    def index_filters(self, fields: Sequence[str]) -> None:
+        """Has Milvus index metadata fields that are not: see create_filter_indexes."""
+        with self._lock:
+            missing = [field for field in fields if field not in self._facts.filter_indexes]
+            if not missing:
+                return
+            self._check_writer()
+            made = create_filter_indexes(self._connection, self.collection, missing)
+            self._set_facts(
+                self._facts.model_copy(update={"filter_indexes": [*self._facts.filter_indexes, *made]})
+            )
 
     def renumber(self, number: int) -> Generation:
         """Returns the collection's generation under a new number."""
@@ -292,7 +312,8 @@ class MilvusCorpus(Corpus):
     def _commit(self, request_id: str, change: Change) -> None:
         self._check_writer()
         try:
-            self._log.commit(self.collection, request_id, change)
+            with WorkLimit().applied():  # cut off, it would be neither made nor not made
+                self._log.commit(self.collection, request_id, change)
         except RagError as error:
             self._unsure = (request_id, change)
             raise UnavailableError(

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import uuid
+from collections.abc import Sequence
 
 from rag_serving.errors import CancelledByCallerError, FailedPreconditionError, InvalidArgumentError
 from retriever_service.corpus.base import Progress
@@ -10,6 +11,7 @@ from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot, live_file
 from retriever_service.milvus.connection import MilvusConnection
 from retriever_service.milvus.entities import entity
+from retriever_service.milvus.filter_indexes import create_filter_indexes
 from retriever_service.milvus.log import ChangeLog, Facts
 from retriever_service.milvus.schema import create_documents
 from retriever_service.milvus.state import Checkpoint
@@ -34,12 +36,13 @@ def import_folder(
     number: int,
     progress: Progress,
     cancelled: threading.Event,
+    filter_indexes: Sequence[str] = (),
 ) -> Facts:
     """Writes the documents of a folder, as they are now, to a collection that is not there yet.
 
-    Rows stay what they are. Raises DamagedIndexError, CompactionError for a kind that Milvus lacks,
-    FailedPreconditionError for a document that it has no room for, UnavailableError, or CancelledByCallerError;
-    then the collection is taken away again.
+    Rows stay what they are. Metadata fields are indexed as in the folder, and those of `filter_indexes` too. Raises
+    DamagedIndexError, CompactionError for a kind that Milvus lacks, FailedPreconditionError for a document that it
+    has no room for, UnavailableError, or CancelledByCallerError; then the collection is taken away again.
     """
     base = snapshot.base()
     base.verify((DOCUMENTS_FILE,))
@@ -70,6 +73,10 @@ def import_folder(
         log.set_facts(collection, facts)
         try:
             create_documents(connection, collection, manifest)
+            fields = sorted(store.indexed_fields | set(filter_indexes))
+            facts = facts.model_copy(
+                update={"filter_indexes": create_filter_indexes(connection, collection, fields)}
+            )
             progress("import", 0, len(rows))
             for start in range(0, len(rows), _ROWS_PER_CHUNK):
                 _check(cancelled)

@@ -31,15 +31,17 @@ class MilvusLibrary(CorpusLibrary):
         lease_s: float,
         take_changes: bool = True,
         requests_kept: int = 100_000,
+        filter_indexes: Sequence[str] = (),
     ) -> None:
         """Connects, and makes the log where there is none.
 
-        `lease_s` is how long the sign of a writer that died keeps others from writing. Raises StartupError,
-        UnavailableError.
+        `lease_s` is how long the sign of a writer that died keeps others from writing. Folders that are opened have
+        the metadata fields of `filter_indexes` indexed beside their own. Raises StartupError, UnavailableError.
         """
         self.name = name
         self._take_changes = take_changes
         self._requests_kept = requests_kept
+        self._filter_indexes = tuple(filter_indexes)
         self._connection = MilvusConnection(address)
         try:
             if not self._connection.call("has_collection", log_name(name)):
@@ -93,6 +95,7 @@ class MilvusLibrary(CorpusLibrary):
             if facts.is_whole and facts.source_id == wanted:
                 opened = self._open(collection, facts)
                 try:
+                    opened.index_filters(self._filter_indexes)
                     return opened, opened.renumber(number)
                 except BaseException:
                     opened.close()
@@ -142,7 +145,14 @@ class MilvusLibrary(CorpusLibrary):
                     discard(self._connection, self._log, collection)
             collection = f"{self.name}_{max(numbers) + 1}"
             facts = import_folder(
-                self._connection, self._log, collection, snapshot, number, progress, cancelled
+                self._connection,
+                self._log,
+                collection,
+                snapshot,
+                number,
+                progress,
+                cancelled,
+                self._filter_indexes,
             )
             corpus = self._open(collection, facts)
         finally:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -17,7 +18,8 @@ _PER_QUERY = 1000
 class Facts(BaseModel):
     """What a collection is. `source` is the index folder, `source_id` what it held; `is_whole` once all of it is in.
 
-    `number` is the generation that it served as last, `compacted_changes` the changes before its last compaction.
+    `number` is the generation that it served as last, `compacted_changes` the changes before its last compaction,
+    `filter_indexes` the metadata fields that Milvus has indexed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +33,7 @@ class Facts(BaseModel):
     ef_search: int
     checkpoint: Checkpoint
     compacted_changes: int = 0
+    filter_indexes: Sequence[str] = ()
     is_whole: bool
 
 

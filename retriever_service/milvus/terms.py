@@ -82,13 +82,13 @@ def _bounds(condition: Range) -> list[tuple[str, str]]:
 
 # `exists` stands in parentheses: Milvus' grammar lets it reach as far as it can.
 def _compared(field: str, comparisons: list[tuple[str, str]]) -> str:
-    path = _quoted_path(field)
+    path = quoted_path(field)
     parts = [f'{path} {sign} "{value}"' for sign, value in comparisons]
     return f"({' and '.join([f'(exists {path})', *parts])})"
 
 
 def _missing_or(field: str, comparisons: list[tuple[str, str]]) -> str:
-    path = _quoted_path(field)
+    path = quoted_path(field)
     parts = [f'{path} {sign} "{value}"' for sign, value in comparisons]
     return f"({' or '.join([f'not (exists {path})', *parts])})"
 
@@ -105,7 +105,8 @@ def balanced(word: str, parts: list[str]) -> str:
     return f"({balanced(word, parts[:middle])} {word} {balanced(word, parts[middle:])})"
 
 
-def _quoted_path(field: str) -> str:
+def quoted_path(field: str) -> str:
+    """Returns where a field's terms are, as expressions and indexes name it."""
     return f'terms["{_path(field)}"]'
 
 

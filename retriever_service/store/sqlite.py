@@ -43,7 +43,7 @@ class SqliteStore(DocumentStore):
         self._num_documents = self._count("documents")
         num_embeddings = self._count("embeddings")
         with self._reading() as connection:
-            self._indexed_fields = indexed_fields(connection, self._schema)
+            self.indexed_fields = indexed_fields(connection, self._schema)
         if num_embeddings != self._num_documents:
             raise DamagedIndexError(file, f"{num_embeddings} embeddings for {self._num_documents} documents")
 
@@ -87,7 +87,7 @@ class SqliteStore(DocumentStore):
 
     def rows_where(self, condition: Filter) -> Int64Array:
         """Returns the rows whose metadata meet the condition: see DocumentStore."""
-        clause, parameters = where_clause(condition, "metadata", self._indexed_fields)
+        clause, parameters = where_clause(condition, "metadata", self.indexed_fields)
         # Sorted here: ORDER BY would tempt SQLite to read every document, in the order of rows, past an index.
         query = f"SELECT row FROM documents WHERE {clause}"  # noqa: S608  (values are parameters)
         with self._reading() as connection:

@@ -27,6 +27,11 @@ class MilvusServer:
             self._port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self._port}"
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process that serves."""
+        return None if self._process is None else self._process.pid
+
     def start(self) -> None:
         command = [
             *(str(Path(sys.executable).parent / "milvus-lite"), "server", "--host", "127.0.0.1"),
@@ -57,9 +62,9 @@ def library(uri: str, name: str, **options: Any) -> Iterator[MilvusLibrary]:
         opened.close()
 
 
-def import_folder(uri: str, name: str, folder: Path, number: int = 1) -> None:
+def import_folder(uri: str, name: str, folder: Path, number: int = 1, **options: Any) -> None:
     """Makes a folder the corpus of that name."""
-    with library(uri, name) as opened:
+    with library(uri, name, **options) as opened:
         corpus, generation = opened.open(folder, number, [], lambda *_: None, threading.Event())
         opened.remember(corpus, generation)
         corpus.close()

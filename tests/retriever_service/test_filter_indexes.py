@@ -43,7 +43,7 @@ def changed(folder: Path) -> Iterator[LiveStore]:
 
 
 def plan_of(store: LiveStore, condition: Filter) -> list[str]:
-    clause, parameters = where_clause(condition, "metadata", store._indexed_fields)
+    clause, parameters = where_clause(condition, "metadata", store.indexed_fields)
     query = f"EXPLAIN QUERY PLAN SELECT row FROM documents WHERE {clause}"
     with contextlib.closing(store._connect()) as connection:
         return [step for *_, step in connection.execute(query, parameters)]
@@ -106,7 +106,7 @@ def test_command_indexes_the_fields_that_it_is_told(tmp_path: Path, corpus: Path
     with contextlib.closing(LocalCorpus(tmp_path / "index")) as opened:
         store = opened.generation.store
         assert isinstance(store, LiveStore)
-        assert store._indexed_fields == {"year", "language"}
+        assert store.indexed_fields == {"year", "language"}
     for wrong in ("year,", 'ye"ar', "a..b"):
         refused = build(wrong)
         assert isinstance(refused.exception, BuildError)
