@@ -46,8 +46,8 @@ class FakeMilvus(milvus_pb2_grpc.MilvusServiceServicer):
     def forget(self) -> None:
         """Begins anew to note what it is asked."""
         self.given_s.clear()
-        self.entered.clear()
-        self.ended.clear()
+        # Of the calls so far, some may not have ended for the server yet.
+        self.entered, self.ended = threading.Event(), threading.Event()
 
 
 @contextlib.contextmanager

@@ -134,13 +134,12 @@ def test_compaction_changes_no_answer(
         assert len(found(live, vector(0), 80)) == 66
 
 
-@pytest.mark.parametrize("backend", ["local"], indirect=True)
 def test_changes_during_a_compaction_are_in_neither_lost_nor_doubled(opened: Opened, folder: Path) -> None:
     with opened(folder) as corpus:
         upsert(corpus, "before", seed=1)
 
         def meddle(stage: str, done: int, total: int | None) -> None:
-            if stage == "index" and done == 0:
+            if stage in {"index", "compact"} and done == 0:
                 upsert(corpus, "during", seed=2)
                 delete(corpus, "before", DOCUMENTS[0]["key"])
 
@@ -150,7 +149,6 @@ def test_changes_during_a_compaction_are_in_neither_lost_nor_doubled(opened: Ope
         assert "before" not in keys_of(corpus)
 
 
-@pytest.mark.parametrize("backend", ["local"], indirect=True)
 def test_a_cancelled_compaction_leaves_nothing(opened: Opened, folder: Path) -> None:
     cancelled = threading.Event()
     cancelled.set()
@@ -277,7 +275,6 @@ def test_one_generation_alone_takes_no_changes(opened: Opened, folder: Path) -> 
         assert found(one, vector(4) * 10)[0] == "fresh", "a generation alone showed what was changed since"
 
 
-@pytest.mark.parametrize("backend", ["local"], indirect=True)
 def test_a_reader_that_was_there_before_the_first_change_follows_too(opened: Opened, folder: Path) -> None:
     """It read the build alone for as long as it ran."""
     with opened(folder, take_changes=False) as holder, ThreadPoolExecutor(1) as another_thread:

@@ -27,12 +27,6 @@ Build = Callable[..., Any]
 NOBODY = "127.0.0.1:1"
 
 
-@pytest.fixture
-def backend() -> str:
-    """The client is under test here: one backend will do."""
-    return "local"
-
-
 def some(count: int) -> tuple[list[CorpusDocument], Any]:
     documents = [CorpusDocument(f"new-{number}", f"text {number}", "t") for number in range(count)]
     return documents, np.random.default_rng(7).standard_normal((count, DIM)).astype(np.float32)

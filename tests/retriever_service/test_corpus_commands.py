@@ -15,19 +15,15 @@ from typer.testing import CliRunner
 from rag_client import index_command
 from rag_client.cli import app
 from rag_serving.errors import CancelledByCallerError
+from retriever_service.corpus.base import Corpus
 from retriever_service.corpus.local import LocalCorpus
+from retriever_service.milvus.corpus import MilvusCorpus
 from tests.retriever_service.servicer_calls import DIM
 from tests.retriever_service.tiny_models import make_documents, write_jsonl
 
 Serve = Callable[..., contextlib.AbstractAsyncContextManager[Any]]
 Build = Callable[..., Any]
 Lines = list[dict[str, Any]]
-
-
-@pytest.fixture
-def backend() -> str:
-    """The client is under test here: one backend will do."""
-    return "local"
 
 
 @contextlib.asynccontextmanager
@@ -183,16 +179,16 @@ async def test_an_index_is_compacted_and_switched(
 
 
 async def test_an_interrupt_cancels_the_operation_and_says_so(
-    serve_retriever: Serve, folder: Path, port: int, monkeypatch: pytest.MonkeyPatch
+    serve_retriever: Serve, folder: Path, port: int, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    def compact(_corpus: LocalCorpus, progress: Any, cancelled: Any) -> None:
+    def compact(_corpus: Corpus, progress: Any, cancelled: Any) -> None:
         progress("train", 30, 60)
         assert cancelled.wait(60)
         raise CancelledByCallerError("the operation was cancelled")
 
     async with served(serve_retriever, monkeypatch, folder, port):
         with monkeypatch.context() as patched:
-            patched.setattr(LocalCorpus, "compact", compact)
+            patched.setattr(LocalCorpus if backend == "local" else MilvusCorpus, "compact", compact)
             name = (await rag("index", "compact", "--no-wait")).stdout.strip()
             running = await told("index", "operations")
             while running[0]["stage"] == "waiting":

@@ -15,10 +15,12 @@ from retriever_service.completer import Completer
 from retriever_service.errors import InvalidSearchParametersError, NoQuestionTokenizerError, OverloadedError
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import Snapshot
+from retriever_service.milvus.index import MilvusIndex
 from retriever_service.types import Metric, Query, SearchParameters
 from tests.retriever_service.tiny_models import embeddings_of, make_documents, write_jsonl
 
 DIM = 16
+SEARCHED = {"local": FaissIndex, "milvus": MilvusIndex}
 DOCUMENTS = make_documents(300, DIM, seed=4)
 EMBEDDINGS = embeddings_of(DOCUMENTS)
 VECTORS = np.random.default_rng(8).standard_normal((6, DIM)).astype(np.float32)
@@ -166,18 +168,18 @@ async def test_skipped_contexts_are_none(retrieving: Retrieving, build: Build) -
     assert retrieved.rows.shape == (6, 5)
 
 
-@pytest.mark.parametrize("backend", ["local"], indirect=True)
 async def test_concurrent_requests_are_gathered_into_few_searches(
-    retrieving: Retrieving, build: Build, monkeypatch: pytest.MonkeyPatch
+    retrieving: Retrieving, build: Build, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     calls: list[int] = []
-    search = FaissIndex.search
+    kind: Any = SEARCHED[backend]
+    search = kind.search
 
-    def counting(index: FaissIndex, vectors: Any, *arguments: Any) -> Any:
+    def counting(index: Any, vectors: Any, *arguments: Any) -> Any:
         calls.append(len(vectors))
         return search(index, vectors, *arguments)
 
-    monkeypatch.setattr(FaissIndex, "search", counting)
+    monkeypatch.setattr(kind, "search", counting)
     vectors = np.random.default_rng(1).standard_normal((100, DIM)).astype(np.float32)
     async with retrieving(build(), batch_window_s=0.005) as retriever:
         answers = await asyncio.gather(
@@ -190,18 +192,18 @@ async def test_concurrent_requests_are_gathered_into_few_searches(
     np.testing.assert_array_equal(np.concatenate([answer.doc_scores for answer in answers]), scores)
 
 
-@pytest.mark.parametrize("backend", ["local"], indirect=True)
 async def test_too_many_waiting_questions_are_refused_with_a_retry_hint(
-    retrieving: Retrieving, build: Build, monkeypatch: pytest.MonkeyPatch
+    retrieving: Retrieving, build: Build, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     gate = threading.Event()
-    search = FaissIndex.search
+    kind: Any = SEARCHED[backend]
+    search = kind.search
 
     def held(*arguments: Any) -> Any:
         assert gate.wait(5)
         return search(*arguments)
 
-    monkeypatch.setattr(FaissIndex, "search", held)
+    monkeypatch.setattr(kind, "search", held)
     async with retrieving(build(), max_queued_questions=8) as retriever:
         waiting = asyncio.create_task(retriever.retrieve(query()))
         await asyncio.sleep(0.01)
