@@ -32,7 +32,7 @@ from generator_service.types import (
     SequenceDecoding,
     Strategy,
 )
-from rag_serving.interceptors.deadline import time_left_s
+from rag_serving.request_deadline import time_left_s
 
 
 @dataclass(frozen=True)

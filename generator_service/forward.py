@@ -14,7 +14,7 @@ from generator_service.engine.async_engine import AsyncEngine
 from generator_service.engine.pass_messages import Array, ForwardPass, NamedArray, QuestionPass
 from generator_service.errors import MismatchError, NoDocumentsError, PastLostError
 from generator_service.retrieval_client import Retrieval, RetrievalClient, RetrievalSettings
-from rag_serving.interceptors.deadline import time_left_s
+from rag_serving.request_deadline import time_left_s
 
 _HANDLE = re.compile(r"(\d{1,4})\.(.+)", re.ASCII | re.DOTALL)
 _QUESTION_OUTPUTS = (

@@ -21,7 +21,7 @@ from rag_serving.errors import (
     RagError,
     ResourceExhaustedError,
 )
-from rag_serving.interceptors.deadline import time_left_s
+from rag_serving.request_deadline import time_left_s
 from rag_serving.rich_status import from_rpc_error
 
 _METRICS = {

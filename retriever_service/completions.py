@@ -7,7 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
-from rag_serving.interceptors.deadline import request_deadline_s
+from rag_serving.request_deadline import request_deadline_s
 from retriever_service.work_limit import WorkLimit
 
 _WorkT = TypeVar("_WorkT")

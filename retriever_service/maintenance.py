@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from rag_serving.errors import InvalidArgumentError, RagError, UnavailableError
-from rag_serving.interceptors.deadline import request_deadline_s
+from rag_serving.request_deadline import request_deadline_s
 from retriever_service.corpus.base import Corpus, CorpusLibrary, Delete, Deleted, Page, Upsert, Upserted
 from retriever_service.errors import BuildError, NoPassageEncoderError, ReadOnlyError
 from retriever_service.generations import Generations, Served

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from rag_serving.errors import CancelledByCallerError, InternalError, RagError
-from rag_serving.interceptors.deadline import without_deadline
+from rag_serving.request_deadline import without_deadline
 from retriever_service.errors import OperationNotFoundError, OperationRunningError
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rag_serving.interceptors.deadline import request_deadline_s
+from rag_serving.request_deadline import request_deadline_s
 from retriever_service.index.base import VectorIndex
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.types import Float32Array, Int64Array, SearchParameters, Selection

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import TypeVar, TypeVarTuple
 
 from rag_serving.errors import CancelledByCallerError, DeadlineExceededError
-from rag_serving.interceptors.deadline import request_deadline_s
+from rag_serving.request_deadline import request_deadline_s
 
 ArgumentTs = TypeVarTuple("ArgumentTs")
 AnswerT = TypeVar("AnswerT")

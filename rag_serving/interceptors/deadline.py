@@ -4,31 +4,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from contextvars import Context as Variables
-from contextvars import ContextVar, copy_context
 
 from rag_serving.errors import DeadlineExceededError
 from rag_serving.interceptors.base import Context, RpcInterceptor
-
-_deadline: ContextVar[float | None] = ContextVar("deadline", default=None)
-
-
-def time_left_s() -> float | None:
-    """Seconds until the current RPC's deadline, at least 0; None outside an RPC."""
-    deadline = _deadline.get()
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-
-def request_deadline_s() -> float | None:
-    """The current RPC's deadline, in seconds of time.monotonic; None outside an RPC."""
-    return _deadline.get()
-
-
-def without_deadline() -> Variables:
-    """Returns a context, as asyncio.create_task takes it, for a task that outlives the current RPC."""
-    variables = copy_context()
-    variables.run(_deadline.set, None)
-    return variables
+from rag_serving.request_deadline import set_request_deadline
 
 
 class DeadlineInterceptor(RpcInterceptor):
@@ -46,7 +25,7 @@ class DeadlineInterceptor(RpcInterceptor):
         if timeout_s <= 0:
             raise DeadlineExceededError(f"{method}: the deadline had passed before the work began")
         # Never reset: each RPC runs in a task, and so in a context, of its own.
-        _deadline.set(time.monotonic() + timeout_s)
+        set_request_deadline(time.monotonic() + timeout_s)
         scope = asyncio.timeout(timeout_s)
         try:
             async with scope:

@@ -11,8 +11,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from rag_serving import errors
-from rag_serving.interceptors.deadline import time_left_s
 from rag_serving.logging import request_id
+from rag_serving.request_deadline import time_left_s
 from rag_serving.rich_status import from_rpc_error
 from tests.rag_serving.echo import SERVICE, serving
 

@@ -22,7 +22,8 @@ from rag_serving.errors import (
     StartupError,
     UnavailableError,
 )
-from rag_serving.interceptors.deadline import DeadlineInterceptor, request_deadline_s
+from rag_serving.interceptors.deadline import DeadlineInterceptor
+from rag_serving.request_deadline import request_deadline_s
 from retriever_service.errors import DiskFullError
 from retriever_service.milvus.connection import MilvusAddress, MilvusConnection
 from retriever_service.operations import Operations
