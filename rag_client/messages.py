@@ -230,7 +230,13 @@ def model_info(response: generator_service_pb2.GetModelResponse) -> types.ModelI
 def index_info(response: retriever_service_pb2.GetIndexResponse) -> types.IndexInfo:
     """Returns the description of a response."""
     metric = _enum_name(document_pb2.Metric.Name(response.metric), "METRIC")
-    return _mirror(types.IndexInfo, response, metric=metric, generations=list(response.generations))
+    return _mirror(
+        types.IndexInfo,
+        response,
+        metric=metric,
+        generations=list(response.generations),
+        devices=list(response.devices),
+    )
 
 
 def document(message: document_pb2.Document) -> types.Document:

@@ -401,3 +401,4 @@ class IndexInfo:
     writable: bool = False
     generations: list[int] = field(default_factory=list)
     index_folder: str = ""
+    devices: list[str] = field(default_factory=list)

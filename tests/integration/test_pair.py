@@ -271,7 +271,7 @@ def test_both_sides_describe_themselves_and_agree(pair: TinyPair, client: RagCli
     assert model.context_tokenizer_digest == index.context_tokenizer_digest
     assert model.checkpoint_digest == client.generate("ti", max_length=4).checkpoint_digest
     assert (index.ntotal, index.kind, index.metric) == (9, "Flat", "INNER_PRODUCT")
-    assert index.embedding_model == EMBEDDING_MODEL
+    assert (index.embedding_model, index.devices) == (EMBEDDING_MODEL, ["cpu"])
     documents = client.get_documents(keys=["d3", "nope"], rows=[3, 99])
     assert [one.key for one in documents.documents] == ["d3", "d3"]
     assert (documents.missing_keys, documents.missing_rows) == (["nope"], [99])

@@ -16,7 +16,7 @@ from generator_service.engine.messages import EncodeQuestion, Generated, Progres
 from generator_service.engine.model_runner import ModelRunner, StepOutcome
 from generator_service.engine.scheduler import Schedule, SchedulerLimits
 from generator_service.types import Hypothesis, SequenceDecoding, Strategy
-from tests.generator_service.engine.test_engine_core import core, drained, work
+from tests.generator_service.engine.test_engine_core import core, drained, nothing_is_left, work
 from tests.parity.test_batch_independence import answered_alone, assert_equal, crowd, target
 from tests.parity.tiny_models import VOCAB_SIZE, tiny_rag
 
@@ -77,6 +77,36 @@ def test_ten_thousand_questions_cancelled_at_random_leave_nothing_and_lose_nothi
     stats = engine.stats()
     assert (stats.waiting, stats.running, stats.rows, stats.cache_bytes) == (0, 0, 0, 0)
     assert not runner.running
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_hundreds_of_questions_cancelled_at_random_leave_nothing_on_the_device(family: str) -> None:
+    rng, rag = random.Random(family), tiny_rag(family)
+    engine = EngineCore(
+        ModelRunner(rag.backbone, None, torch.device("cpu")),
+        cache_budget_bytes=10**9,
+        limits=SchedulerLimits(max_rows=150),
+    )
+    requests = [request for seed in range(3) for request in crowd(rag, 90 + seed, size=100)]
+    waiting, cancelled, reports = {r.request_id for r in requests}, set(), []
+    for request in requests:
+        streams, priority = rng.random() < 0.5, rng.randint(-10, 10)
+        engine.add_request(
+            msgspec.structs.replace(request.work, stream=streams, priority=priority)  # type: ignore[type-var]
+        )
+    while engine.has_work():
+        for request_id in rng.sample(sorted(waiting), k=min(3, len(waiting))):
+            engine.abort(request_id)
+            cancelled.add(request_id)
+        found = engine.step()
+        reports += [r for r in found if not isinstance(r, Progress)]
+        waiting -= {r.request_id for r in reports if isinstance(r, Generated)} | cancelled
+    assert all(isinstance(r, Generated) for r in reports)
+    answered = {r.request_id for r in reports if isinstance(r, Generated)}
+    assert answered | cancelled == {r.request_id for r in requests}
+    assert not answered & cancelled
+    assert min(len(answered), len(cancelled)) > 40
+    assert nothing_is_left(engine)
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
@@ -148,6 +178,7 @@ def _request(one: Any) -> Any:
     return Request(one)
 
 
+@pytest.mark.parametrize("family", ["bart", "t5"])
 @pytest.mark.parametrize("strategy", list(Strategy))
 @pytest.mark.parametrize("decoding", list(SequenceDecoding))
 @pytest.mark.parametrize(
@@ -157,7 +188,7 @@ def _request(one: Any) -> Any:
         {"max_length": 2, "num_beams": 1},
         {"eos_token_ids": tuple(range(VOCAB_SIZE))},
         {"eos_token_ids": tuple(range(VOCAB_SIZE)), "num_beams": 1},
-        {"allowed_sequences": ((2,),)},
+        {"allowed_sequences": "the end token alone"},
         {"do_sample": True, "top_k": VOCAB_SIZE, "seed": 1},
         {"do_sample": True, "top_k": 10 * VOCAB_SIZE, "num_beams": 1, "seed": 1},
         {"num_beams": 40},
@@ -165,11 +196,18 @@ def _request(one: Any) -> Any:
     ids=str,
 )
 def test_the_shortest_answers_and_the_widest_choices_are_answered(
-    strategy: Strategy, decoding: SequenceDecoding, changes: dict[str, Any]
+    family: str, strategy: Strategy, decoding: SequenceDecoding, changes: dict[str, Any]
 ) -> None:
     """One token; an end token in the first step, in all beams at once; as many candidates as the vocabulary has."""
-    engine = core()
-    settings = msgspec.structs.replace(work(0).settings, **changes)
+    rag, engine = tiny_rag(family), core(family=family)
+    if "allowed_sequences" in changes:
+        changes = {"allowed_sequences": ((rag.eos_token_id,),)}
+    special = {
+        "decoder_start_token_id": rag.decoder_start_token_id,
+        "eos_token_ids": (rag.eos_token_id,),
+        "pad_token_id": rag.pad_token_id,
+    }
+    settings = msgspec.structs.replace(work(0).settings, **(special | changes))
     common = {"strategy": strategy, "sequence_decoding": decoding, "settings": settings, "stream": True}
     engine.add_request(work(1, **common))
     engine.add_request(work(2, contexts=[[5]], doc_scores=[3.0], **common))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -17,8 +18,8 @@ from generator_service.types import Compatibility, GenerationSettings, SequenceD
 from tests.parity.tiny_models import tiny_rag
 
 
-def core(budget_bytes: int = 10**9) -> EngineCore:
-    runner = ModelRunner(tiny_rag("bart").backbone, None, torch.device("cpu"))
+def core(budget_bytes: int = 10**9, family: str = "bart") -> EngineCore:
+    runner = ModelRunner(tiny_rag(family).backbone, None, torch.device("cpu"))
     return EngineCore(runner, cache_budget_bytes=budget_bytes, limits=SchedulerLimits())
 
 
@@ -77,6 +78,76 @@ def test_an_aborted_request_gets_no_report_and_leaves_nothing() -> None:
     reports = drained(engine)
     assert [r.request_id for r in reports if isinstance(r, Generated)] == [2]
     assert engine.stats().cache_bytes == 0
+
+
+def nothing_is_left(engine: EngineCore) -> bool:
+    """Of rows, bytes, questions, contexts: in the scheduler's books and in the runner."""
+    stats, runner = engine.stats(), engine._runner
+    books = (stats.waiting, stats.running, stats.rows, stats.cache_bytes)
+    held = (runner._questions, runner._pools, runner._given, dict(runner._encoded))
+    return books == (0, 0, 0, 0) and not any(held)
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("begun", [0, 1, 3])
+def test_a_question_out_of_time_is_told_so_and_gone_within_one_step(strategy: Strategy, begun: int) -> None:
+    settings = msgspec.structs.replace(work(1).settings, max_length=20, min_length=20)
+    engine, now_s = core(), time.monotonic()
+    engine.add_request(work(1, strategy=strategy, settings=settings, deadline_s=now_s + 3600))
+    for _ in range(begun):
+        assert engine.step() == []
+    for request in (*engine._scheduler.running.values(), *engine._scheduler.waiting.in_order()):
+        request.work = msgspec.structs.replace(request.work, deadline_s=now_s)  # type: ignore[type-var]
+        engine._scheduler.waiting._deadlines = [(now_s, 0, request)]
+    (report,) = engine.step()
+    assert isinstance(report, Failed)
+    assert (report.request_id, report.status) == (1, "DEADLINE_EXCEEDED")
+    assert nothing_is_left(engine)
+    assert not engine.has_work()
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize("begun", [0, 1, 3])
+def test_an_aborted_question_is_gone_within_one_step(strategy: Strategy, begun: int) -> None:
+    settings = msgspec.structs.replace(work(1).settings, max_length=20, min_length=20)
+    engine = core()
+    engine.add_request(work(1, strategy=strategy, settings=settings))
+    for _ in range(begun):
+        assert engine.step() == []
+    engine.abort(1)
+    assert engine.step() == []
+    assert nothing_is_left(engine)
+    assert not engine.has_work()
+
+
+def test_candidates_of_one_question_are_scored_in_a_step_that_decodes_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One pass through the decoder a step, whatever its rows are there for."""
+    backbone = tiny_rag("bart").backbone
+    decode, steps = type(backbone).decode, []
+
+    def watched(self: Any, batch: Any) -> Any:
+        steps.append(list(batch.blocks))
+        return decode(self, batch)
+
+    monkeypatch.setattr(type(backbone), "decode", watched)
+    engine = core()
+    settings = msgspec.structs.replace(work(1).settings, max_length=20, min_length=20)
+    engine.add_request(work(1, strategy=Strategy.RAG_TOKEN, settings=settings))
+    engine.add_request(
+        work(2, settings=msgspec.structs.replace(settings, max_length=4, min_length=4), contexts=[[7, 8]] * 2)
+    )
+    together = 0
+    while engine.has_work():
+        scoring = [item.block for item in engine._runner._given]
+        before = len(steps)
+        engine.step()
+        assert len(steps) == before + 1
+        if scoring:
+            assert all(any(block is one for one in steps[-1]) for block in scoring)
+            together += len(steps[-1]) > len(scoring)
+    assert together == 1
 
 
 def test_a_failing_step_fails_its_questions_and_the_next_one_is_answered(

@@ -6,12 +6,14 @@ import asyncio
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from generator_service.engine.async_engine import AsyncEngine, gather_or_cancel
+from generator_service.engine.messages import Generated, Progress
 from generator_service.engine.worker_options import WorkerOptions
 from generator_service.errors import QueueFullError, WorkerLostError
 from generator_service.types import ModelSource, Pooling, Strategy
@@ -119,6 +121,46 @@ async def test_the_questions_of_a_worker_that_dies_are_answered_by_another_once(
             await lost
     finally:
         await running.stop()
+
+
+async def test_a_question_of_which_a_piece_is_out_is_not_begun_again_by_another_worker(
+    tmp_path: Path,
+) -> None:
+    """The caller has it, and a second beginning, sampled or on another device, might go on otherwise."""
+    answer = Generated(request_id=1, hypotheses=[], queue_s=0.0, first_token_s=0.0, generate_s=0.0)
+    piece = Progress(request_id=1, token_ids=[5], document_posterior=[[1.0]], last=False)
+
+    class Dying:
+        ready, num_pending, device = True, 0, "cpu"
+
+        def __init__(self, pieces: int) -> None:
+            self.pieces = pieces
+
+        def next_id(self) -> int:
+            return 1
+
+        async def submit(self, work: object, on_progress: Callable[[Progress], None]) -> Generated:
+            for _ in range(self.pieces):
+                on_progress(piece)
+            raise WorkerLostError(self.device)
+
+    class Living(Dying):
+        num_pending = 1
+
+        async def submit(self, work: object, on_progress: Callable[[Progress], None]) -> Generated:
+            return answer
+
+    for pieces in (0, 1):
+        running = engine(options(tmp_path), options(tmp_path))
+        running.workers = [Dying(pieces), Living(0)]  # type: ignore[list-item]
+        seen: list[Progress] = []
+        asked = running.generate(work(0, stream=True), seen.append)
+        if pieces:
+            with pytest.raises(WorkerLostError):
+                await asked
+        else:
+            assert await asked is answer
+        assert (len(seen), running.num_retried) == (pieces, 1 - pieces)
 
 
 async def test_the_questions_of_the_only_worker_fail_with_a_wait_and_are_not_begun_again(
