@@ -213,12 +213,14 @@ class LocalCorpus(Corpus):
 
     def close(self) -> None:
         """Closes everything: see Corpus."""
-        for index in set(self._indexes.values()):
-            index.close()
-        for hold in self._holds.values():
-            hold.close()
-        self._holds.clear()
-        self._closing.close()
+        with self._lock:  # the last generations leave together, each in a thread
+            for index in set(self._indexes.values()):
+                index.close()
+            for hold in self._holds.values():
+                hold.close()
+            self._indexes.clear()
+            self._holds.clear()
+            self._closing.close()
 
     def _open(self, requests_kept: int, take_changes: bool) -> None:
         snapshot, base = self._hold_newest()

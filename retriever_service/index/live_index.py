@@ -14,24 +14,45 @@ from retriever_service.types import Float32Array, Int64Array, Metric, SearchPara
 
 
 class _Visible(Selection):
-    """All of a snapshot's vectors but the hidden ones, as bits; `hidden` is bool [ntotal]."""
+    """A snapshot's places that can be found, as bits; never changed, so that what searches it keeps it."""
 
-    def __init__(self, hidden: npt.NDArray[np.bool_], num_hidden: int) -> None:
+    def __init__(self, bits: npt.NDArray[np.uint8], num_visible: int) -> None:
+        """`bits` are uint8 [ceil(ntotal / 8)], the lowest of each byte first."""
         super().__init__(np.empty(0, np.int64))
-        self._num_visible = len(hidden) - num_hidden
-        self._bitmap = np.packbits(~hidden, bitorder="little")
+        self._bitmap: npt.NDArray[np.uint8] = bits
+        self._num_visible = num_visible
+
+    @classmethod
+    def all_of(cls, ntotal: int) -> "_Visible":
+        """Nothing is hidden."""
+        return cls(np.full((ntotal + 7) // 8, 0xFF, np.uint8), ntotal)
 
     def __len__(self) -> int:
         return self._num_visible
 
+    def bitmap(self, ntotal: int) -> npt.NDArray[np.uint8]:  # noqa: ARG002  (known)
+        """Returns the bits: see Selection."""
+        return self._bitmap
+
+    def holds(self, places: Int64Array) -> npt.NDArray[np.bool_]:
+        """Whether each place can be found, bool in the shape of places; any answer for -1."""
+        found: npt.NDArray[np.bool_] = (self._bitmap[places >> 3] >> (places & 7).astype(np.uint8) & 1) != 0
+        return found
+
+    def without(self, places: Int64Array) -> "_Visible":
+        """Returns what is left once these are hidden."""
+        places = np.unique(places)
+        num_visible = self._num_visible - int(self.holds(places).sum())
+        bits = self._bitmap.copy()
+        np.bitwise_and.at(bits, places >> 3, ~(np.uint8(1) << (places & 7).astype(np.uint8)))
+        return _Visible(bits, num_visible)
+
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """What a search sees: the snapshot's places that are hidden (a set too few to matter, or as bits)."""
+    """What a search sees."""
 
-    hidden: npt.NDArray[np.bool_]
-    num_hidden: int
-    visible: Selection | None
+    visible: _Visible
     fresh: FreshVectors
 
 
@@ -47,7 +68,7 @@ class LiveIndex(IndexOver):
         self._rows = rows
         self._changing = threading.Lock()
         self._segment = FreshSegment(base.dimension)
-        self._state = _State(np.zeros(base.ntotal, np.bool_), 0, None, self._segment.now)
+        self._state = _State(_Visible.all_of(base.ntotal), self._segment.now)
 
     @property
     def base(self) -> VectorIndex:
@@ -58,13 +79,13 @@ class LiveIndex(IndexOver):
     def ntotal(self) -> int:
         """Vectors that can be found."""
         state = self._state
-        return self._below.ntotal - state.num_hidden + state.fresh.num_living
+        return len(state.visible) + state.fresh.num_living
 
     @property
     def pending_changes(self) -> int:
         """Vectors hidden or added since the snapshot."""
         state = self._state
-        return state.num_hidden + len(state.fresh.rows)
+        return self._below.ntotal - len(state.visible) + len(state.fresh)
 
     def change(self, hidden_rows: Sequence[int], rows: Sequence[int], vectors: Float32Array) -> None:
         """Hides rows and adds float32 [len(rows), dim], at once; rows that are not here are hidden already."""
@@ -72,13 +93,8 @@ class LiveIndex(IndexOver):
             fresh = [row for row in hidden_rows if self._segment.holds(row)]
             built = [row for row in hidden_rows if not self._segment.holds(row)]
             places = self._places(np.asarray(built, np.int64))
-            hidden, num_hidden, visible = self._state.hidden, self._state.num_hidden, self._state.visible
-            if len(places):
-                hidden = hidden.copy()
-                hidden[places] = True
-                num_hidden = int(hidden.sum())
-                visible = _Visible(hidden, num_hidden)
-            self._state = _State(hidden, num_hidden, visible, self._segment.change(fresh, rows, vectors))
+            visible = self._state.visible.without(places) if len(places) else self._state.visible
+            self._state = _State(visible, self._segment.change(fresh, rows, vectors))
 
     def search(
         self,
@@ -94,7 +110,7 @@ class LiveIndex(IndexOver):
         """
         state = self._state
         rows, scores = self._search_base(state, vectors, n_docs, parameters, selection)
-        if not len(state.fresh.rows):
+        if not state.fresh.num_living:
             return rows, scores
         questions = np.ascontiguousarray(vectors, dtype=np.float32)
         allowed = None if selection is None else selection.rows
@@ -118,25 +134,26 @@ class LiveIndex(IndexOver):
         parameters: SearchParameters,
         selection: Selection | None,
     ) -> tuple[Int64Array, Float32Array]:
+        hides = len(state.visible) < self._below.ntotal
         if selection is not None:
             places = self._places(selection.rows)
-            visible: Selection | None = Selection(places[~state.hidden[places]])
+            found = Selection(places[state.visible.holds(places)])
+            places, scores = self._below.search(vectors, n_docs, parameters, found)
+        elif hides and not self._below.takes_selection:
+            places, scores = self._search_past_hidden(state.visible, vectors, n_docs, parameters)
         else:
-            visible = state.visible
-        if visible is None or self._below.takes_selection:
-            places, scores = self._below.search(vectors, n_docs, parameters, visible)
-        else:
-            places, scores = self._search_past_hidden(state, vectors, n_docs, parameters)
+            places, scores = self._below.search(vectors, n_docs, parameters, state.visible if hides else None)
         if self._rows is None or not places.size:
             return places, scores
         return np.where(places < 0, -1, self._rows[places]), scores
 
     def _search_past_hidden(
-        self, state: _State, vectors: Float32Array, n_docs: int, parameters: SearchParameters
+        self, visible: _Visible, vectors: Float32Array, n_docs: int, parameters: SearchParameters
     ) -> tuple[Int64Array, Float32Array]:
         """For a kind that faiss cannot tell what to leave out: finds more, and leaves it out afterwards."""
-        places, scores = self._below.search(vectors, n_docs + state.num_hidden, parameters)
-        dropped = (places < 0) | state.hidden[places]
+        num_hidden = self._below.ntotal - len(visible)
+        places, scores = self._below.search(vectors, n_docs + num_hidden, parameters)
+        dropped = (places < 0) | ~visible.holds(places)
         order = np.argsort(dropped, axis=1, kind="stable")[:, :n_docs]
         places = np.where(dropped, -1, places)
         return np.take_along_axis(places, order, 1), np.take_along_axis(scores, order, 1)
