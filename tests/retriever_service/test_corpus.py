@@ -200,6 +200,17 @@ def test_a_full_disk_is_not_taken_for_one_that_nobody_writes(
 
 
 @pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_a_change_is_synced_before_it_is_acknowledged(opened: Opened, folder: Path) -> None:
+    """SQLite's default in a write-ahead log is to sync at checkpoints alone: a loss of power would undo changes."""
+    with opened(folder) as corpus:
+        upsert(corpus, "fresh")
+        connection = corpus._writer._connection
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+        assert not connection.in_transaction
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
 def test_a_compaction_never_overrides_a_newer_build(
     opened: Opened, folder: Path, corpus: Path, build_corpus: Build
 ) -> None:

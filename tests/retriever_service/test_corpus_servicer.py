@@ -306,6 +306,38 @@ async def test_activation_swaps_refuses_what_does_not_fit_and_goes_back(
         assert forced.response.dimension == 8
 
 
+async def test_activation_swaps_under_load_and_no_answer_is_of_two_corpora(
+    serve_retriever: Serve, folder: Path, tmp_path: Path, build_corpus: Build
+) -> None:
+    renamed = [one | {"key": f"other-{one['key']}"} for one in make_documents(20, DIM)]
+    build_corpus(write_jsonl(tmp_path / "r.jsonl", renamed), tmp_path / "renamed")
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        stop, seen = asyncio.Event(), set()
+
+        async def search() -> None:
+            before = 0
+            while not stop.is_set():
+                answer = await stub.Retrieve(request(n_docs=4, include_documents=True, skip_contexts=True))
+                is_other = {document.key.startswith("other-") for document in answer.documents}
+                # Even numbers are those of the folder that was activated.
+                assert is_other == {answer.generation % 2 == 0}
+                assert len(answer.documents) == 12
+                assert answer.generation >= before
+                before = answer.generation
+                seen.add(answer.generation)
+
+        load = [asyncio.create_task(search()) for _ in range(4)]
+        for number in range(2, 7):
+            answered = len(seen)
+            swapped = await activate(stub, "renamed" if number % 2 == 0 else "index")
+            assert swapped.response.generation == number
+            while len(seen) == answered and not any(one.done() for one in load):  # noqa: ASYNC110  (as `ended`)
+                await asyncio.sleep(0.01)
+        stop.set()
+        await asyncio.gather(*load)
+        assert {2, 3, 4, 5, 6} <= seen
+
+
 async def test_a_second_retriever_reads_and_refuses_to_write(
     serve_retriever: Serve, folder: Path, tmp_path: Path
 ) -> None:

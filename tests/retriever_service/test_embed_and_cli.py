@@ -1,7 +1,9 @@
 """Passage encoders, and the rag-index command that uses them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,23 @@ from retriever_service.ingest import cli
 from tests.retriever_service.tiny_models import WORDS, wordpiece_tokenizer, write_jsonl
 
 PASSAGES = [("title", " ".join(WORDS[:length])) for length in (3, 60, 1, 20, 7)]
+
+
+def test_passages_of_like_length_share_a_batch(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long passage among short ones makes the whole batch as long as itself."""
+    from retriever_service.ingest.embed import PassageEncoder
+
+    encoder = PassageEncoder(str(bert_folder), batch_size=3, num_threads=1)
+    encode, batches = PassageEncoder._encode_batch, []
+
+    def watched(self: PassageEncoder, passages: Sequence[tuple[str, str]]) -> Any:
+        batches.append([len(text) for _, text in passages])
+        return encode(self, passages)
+
+    monkeypatch.setattr(PassageEncoder, "_encode_batch", watched)
+    texts = [("", "ab " * length) for length in (1, 9, 2, 8, 3, 7, 4)]
+    encoder.encode(texts)
+    assert batches == [[27, 24, 21], [12, 9, 6], [3]]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])

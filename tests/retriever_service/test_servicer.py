@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -133,6 +134,43 @@ async def test_get_documents_keeps_the_order_and_names_what_is_missing(serve_ret
                 await stub.GetDocuments(retriever_service_pb2.GetDocumentsRequest(**bad))
             assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
             assert violated_fields(caught.value) == [field]
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+@pytest.mark.parametrize(
+    ("kind", "knob", "widest"), [("IVF8,Flat", "nprobe", 8), ("HNSW4", "ef_search", 100)]
+)
+async def test_a_request_widens_its_own_search_and_no_other(
+    serve_retriever: Serve,
+    tmp_path: Path,
+    corpus: Path,
+    build_corpus: Callable[..., Any],
+    kind: str,
+    knob: str,
+    widest: int,
+) -> None:
+    build_corpus(corpus, tmp_path / "index", kind=kind, **{knob: 1})
+    build_corpus(corpus, tmp_path / "flat")
+    questions = tensor(np.random.default_rng(3).standard_normal((20, DIM)))
+
+    async def scores(stub: Any, parameters: dict[str, int]) -> Any:
+        asked = retriever_service_pb2.RetrieveRequest(
+            question_hidden_states=questions,
+            n_docs=5,
+            skip_contexts=True,
+            search_parameters=document_pb2.SearchParameters(**parameters),
+        )
+        return array((await stub.Retrieve(asked)).doc_scores)
+
+    async with serve_retriever(index_folder=tmp_path / "flat") as (_, stub, _):
+        exact = await scores(stub, {})
+    async with serve_retriever(index_folder=tmp_path / "index") as (_, stub, _):
+        narrow, wide, again = await asyncio.gather(
+            scores(stub, {}), scores(stub, {knob: widest}), scores(stub, {})
+        )
+    np.testing.assert_allclose(wide, exact, rtol=1e-5)
+    assert (narrow < exact - 1e-3).any()
+    np.testing.assert_array_equal(narrow, again)
 
 
 async def test_many_clients_at_once_each_get_their_own_answer(serve_retriever: Serve, documents: Any) -> None:

@@ -121,6 +121,37 @@ def test_verify_names_the_file_that_is_damaged(folder: Path) -> None:
         verify_index(folder, steps.append)
 
 
+def test_nothing_is_named_before_it_is_on_the_disk(
+    tmp_path: Path, corpus: Path, build_corpus: Callable[..., Snapshot], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of power cannot be played here; the order that guards against it can."""
+    events: list[str] = []
+    rename, replace, fsync = Path.rename, Path.replace, snapshot._fsync
+
+    def named(self: Path, target: Path) -> Path:
+        events.append(f"rename {Path(target).name}")
+        return rename(self, target)
+
+    def replaced(self: Path, target: Path) -> Path:
+        events.append(f"replace {Path(target).name}")
+        return replace(self, target)
+
+    def synced(path: Path) -> None:
+        fsync(path)
+        events.append(f"sync {path.name}")
+
+    monkeypatch.setattr(Path, "rename", named)
+    monkeypatch.setattr(Path, "replace", replaced)
+    monkeypatch.setattr(snapshot, "_fsync", synced)
+    build_corpus(corpus, tmp_path / "index")
+    generation, current = events.index("rename generation-000001"), events.index("replace CURRENT")
+    for file in ("index.faiss", "documents.sqlite", "manifest.json", ".building"):
+        assert events.index(f"sync {file}") < generation
+    assert "sync index" in events[generation:current]
+    assert "sync CURRENT.new" in events[generation:current]
+    assert events[current + 1] == "sync index"
+
+
 def test_failed_build_leaves_no_trace(folder: Path, tmp_path: Path, build_corpus: Build) -> None:
     before = names(folder)
     bad = write_jsonl(tmp_path / "bad.jsonl", [*make_documents(600, 16), {"text": 5}])
