@@ -183,10 +183,11 @@ def measure(
     theirs: dict[tuple[Strategy, int], float] = {}
     repeat = 1 if quick else 2  # as often on both sides
     for batch, (strategy, mode) in itertools.product(batches, cases):
-        asked = questions(shape, batch, model.config.vocab_size, model.config.pad_token_id)
+        ids = (model.config.vocab_size, model.config.pad_token_id)
+        asked = questions(shape, batch, *ids)
         if (strategy, batch) not in theirs:
             # RagSequence goes through a batch question by question, so that one tells its speed
-            one = asked if strategy is Strategy.RAG_TOKEN else questions(shape, 1, model.config.vocab_size, 1)
+            one = asked if strategy is Strategy.RAG_TOKEN else questions(shape, 1, *ids)
             other = hugging_face(model, shape, strategy)
             took = seconds(lambda other=other, one=one: other(one), repeat)
             theirs[strategy, batch] = len(one.doc_scores) / took
