@@ -77,7 +77,9 @@ def _encoder() -> Path:
     """The folder of MiniLM, found without importing its package: that takes seconds."""
     spec = importlib.util.find_spec(_ENCODER_PACKAGE)
     if spec is None or spec.origin is None:
-        raise DemoError(f"{_ENCODER_PACKAGE} is not installed: make setup, or pip install 'ragpair[demo]'")
+        raise DemoError(
+            f"{_ENCODER_PACKAGE} is not installed: make setup, or install ragpair with its extra demo"
+        )
     return Path(spec.origin).parent / "model"
 
 

@@ -130,7 +130,7 @@ def _import_ray(options: RayOptions) -> Any:
         import ray.data.block  # noqa: PLC0415
         import ray.util.scheduling_strategies  # noqa: PLC0415
     except ImportError as error:
-        raise BuildError("--engine ray needs Ray: pip install 'ragpair[ray]'") from error
+        raise BuildError("--engine ray needs Ray: install ragpair with its extra ray") from error
     return ray
 
 

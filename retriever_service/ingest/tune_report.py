@@ -53,7 +53,7 @@ def plot(trials: list[Trial], best: Trial, n_docs: int, file: Path) -> None:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415  (an extra)
     except ImportError as error:
-        raise BuildError("--plot needs matplotlib: pip install 'ragpair[plot]'") from error
+        raise BuildError("--plot needs matplotlib: install ragpair with its extra plot") from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for factor in sorted({trial.setting.rescore_factor for trial in trials}):
