@@ -36,7 +36,7 @@ def matches(selector: dict[str, str], labels: dict[str, str]) -> bool:
     return bool(selector) and selector.items() <= labels.items()
 
 
-@pytest.mark.parametrize("overlay", ["base", "gpu", "milvus"])
+@pytest.mark.parametrize("overlay", ["base", "changing", "gpu", "milvus"])
 @pytest.mark.parametrize("version", ["1.30", "1.32", "1.34"])
 def test_manifests_are_valid_under_the_strict_schemas(tmp_path: Path, version: str, overlay: str) -> None:
     rendered = tmp_path / "rendered.yaml"
@@ -214,6 +214,21 @@ def test_milvus_overlay_keeps_nothing_on_disk_and_its_settings_are_the_retriever
     assert loaded.backend is Backend.MILVUS
     assert settings_of("retriever", overlay="milvus")["RAG_RETRIEVER_MILVUS_URI"] == loaded.milvus_uri
     assert str(loaded.activation_root) in {mount["mountPath"] for mount in served["volumeMounts"]}
+
+
+@pytest.mark.parametrize("overlay", ["base", "changing", "gpu", "milvus"])
+def test_no_retriever_takes_changes_that_the_others_do_not_see(overlay: str) -> None:
+    """Two with a copy each took changes from callers that go round them: a search saw them or not, by turns."""
+    settings = loaded_settings("retriever", overlay=overlay)
+    alone = workload("retriever", overlay=overlay)["spec"]["replicas"] == 1
+    assert settings.read_only is (overlay in {"base", "gpu"})
+    assert settings.read_only or alone or settings.backend is Backend.MILVUS
+
+
+def test_node_of_the_only_retriever_can_be_drained() -> None:
+    budget = named("PodDisruptionBudget", "retriever", overlay="changing")["spec"]
+    assert budget.get("minAvailable") is None
+    assert budget["maxUnavailable"] == 1
 
 
 @pytest.mark.parametrize("service", SERVICES)
