@@ -164,7 +164,10 @@ class RetrieverSettings(ServiceSettings):
     )
 
     batch_window_ms: float = Field(
-        1.0, ge=0, le=1000, description="milliseconds in which concurrent requests gather into one search"
+        1.0,
+        ge=0,
+        le=1000,
+        description="milliseconds in which nobody may come before concurrent requests that gathered are searched",
     )
     max_search_batch: int = Field(256, ge=1, description="questions of one search at most")
     max_queued_questions: int = Field(

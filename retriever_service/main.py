@@ -33,7 +33,8 @@ from retriever_service.corpus.base import Corpus, CorpusLibrary, Generation
 from retriever_service.corpus_wire import ChangeLimits
 from retriever_service.follower import Follower
 from retriever_service.generations import Generations
-from retriever_service.index.faiss_index import set_num_threads
+from retriever_service.index.base import VectorIndex
+from retriever_service.index.faiss_index import default_num_threads, multiply_batches, set_num_threads
 from retriever_service.index.manifest import Embedding, Manifest
 from retriever_service.maintenance import Encoder, Maintenance
 from retriever_service.metrics import RetrieverMetrics
@@ -186,15 +187,11 @@ def _retriever(
     metrics: RetrieverMetrics,
     passage_cache: PassageCache,
 ) -> Retriever:
-    search_executor = None
-    threads = settings.search_threads
-    vectors_bytes = generation.index.ntotal * generation.index.dimension * np.dtype(np.float32).itemsize
-    if not threads and vectors_bytes < _SHARED_FROM_BYTES:
-        threads = 1
-    if threads:
-        search_executor = ThreadPoolExecutor(
-            generation.index.parallel_searches, "search", initializer=set_num_threads, initargs=(threads,)
-        )
+    threads = settings.search_threads or search_threads(generation.index)
+    multiply_batches(threads)
+    search_executor = ThreadPoolExecutor(
+        generation.index.parallel_searches, "search", initializer=set_num_threads, initargs=(threads,)
+    )
     return Retriever(
         generation.index,
         generation.store,
@@ -214,6 +211,12 @@ def _retriever(
         search_executor=search_executor,
         passage_cache=passage_cache,
     )
+
+
+def search_threads(index: VectorIndex) -> int:
+    """Returns how many threads of faiss a search of this index gets where nobody says."""
+    vectors_bytes = index.ntotal * index.dimension * np.dtype(np.float32).itemsize
+    return 1 if vectors_bytes < _SHARED_FROM_BYTES else default_num_threads()
 
 
 async def warm_up_retriever(limits: RequestLimits, retriever: Retriever) -> None:

@@ -17,6 +17,10 @@ from retriever_service.types import Float32Array, Int64Array, SearchParameters, 
 from retriever_service.work_limit import WorkLimit
 
 FinishedT = TypeVar("FinishedT")
+_PAUSE_OF_SEARCH = 0.1
+_LONGEST_PAUSE_S = 0.005
+_LONGEST_GATHERING_S = 0.05
+"""About what 64 clients need to read their answers and ask again, whatever the search takes."""
 
 
 @dataclass(eq=False, slots=True)
@@ -40,8 +44,9 @@ class _Waiting:
 class SearchBatcher:
     """Searches for many requests at once, in a thread; one search at a time, or one for each copy of the index.
 
-    While searches run, requests gather for the next. The window is waited out only where requests come
-    close together: one that comes alone is searched at once. A request that was cancelled while it waited
+    While searches run, requests gather for the next. Where they come close together, those that a search has just
+    answered ask again: the next one waits until they are back, for a search of all takes little more than one of
+    half of them. A request that comes alone is searched at once. A request that was cancelled while it waited
     is dropped, and a search ends with the last of its requests where the index can end one (WorkLimit); where
     a shared search fails, each of its requests is searched alone, so that only the one at fault fails. All
     methods belong to the event loop's thread.
@@ -56,7 +61,10 @@ class SearchBatcher:
         window_s: float,
         max_batch: int,
     ) -> None:
-        """`max_batch` is the number of vectors of a search at most, unless one request alone has more."""
+        """`window_s` is how long nobody may come before those that gathered are searched; 0 gathers for no time.
+
+        `max_batch` is the number of vectors of a search at most, unless one request alone has more.
+        """
         self._index = index
         self._executor = executor
         self._metrics = metrics
@@ -65,6 +73,7 @@ class SearchBatcher:
         self._queue: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
         self._gathered_last = 1
+        self._last_search_s = 0.0
         self._workers: list[asyncio.Task[None]] = []
 
     async def search(
@@ -117,14 +126,23 @@ class SearchBatcher:
     async def _work(self) -> None:
         while True:
             await self._arrived.wait()
-            if self._window_s > 0 and self._comes_in_crowds():
-                await asyncio.sleep(self._window_s)
+            if self._window_s > 0:
+                await self._gather()
             batch = self._take()
             if batch:
                 self._gathered_last = len(batch)
                 await self._serve(batch)
             if not self._queue:
                 self._arrived.clear()
+
+    async def _gather(self) -> None:
+        """Waits while others come, at most as long as the last search took; the longer that was, the calmer."""
+        pause_s = max(self._window_s, min(_LONGEST_PAUSE_S, _PAUSE_OF_SEARCH * self._last_search_s))
+        ends_s = time.monotonic() + max(self._window_s, min(_LONGEST_GATHERING_S, self._last_search_s))
+        num_waiting = 0
+        while num_waiting != len(self._queue) and self._comes_in_crowds() and time.monotonic() < ends_s:
+            num_waiting = len(self._queue)
+            await asyncio.sleep(pause_s)
 
     def _comes_in_crowds(self) -> bool:
         if sum(len(waiting.vectors) for waiting in self._queue) >= self._max_batch:
@@ -161,6 +179,7 @@ class SearchBatcher:
         except Exception as error:  # noqa: BLE001  (whatever it is belongs to the requests, not to the loop)
             await self._serve_failed(batch, error)
             return
+        self._last_search_s = time.monotonic() - began_s
         start = 0
         for waiting in batch:
             if not waiting.found.done():

@@ -1,12 +1,22 @@
 """The faiss index behind the contract of VectorIndex."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 
 from retriever_service.errors import BuildError, DamagedIndexError, InvalidSearchParametersError
-from retriever_service.index.faiss_index import FaissBuilder, FaissIndex, normalized_kind
+from retriever_service.index.faiss_index import (
+    FaissBuilder,
+    FaissIndex,
+    default_num_threads,
+    multiply_batches,
+    normalized_kind,
+    set_num_threads,
+)
 from retriever_service.types import Metric, SearchParameters
 
 DIM = 16
@@ -136,3 +146,76 @@ def test_a_disk_that_fills_while_an_index_is_written_is_an_error(count: int) -> 
     builder.add(VECTORS[:count])
     with pytest.raises(OSError, match="No space left"):
         builder.save(Path("/dev/full"), nprobe=1, ef_search=1)
+
+
+@pytest.fixture
+def faiss_settings() -> Iterator[Any]:
+    """faiss's settings of this process, put back afterwards."""
+    found: Any = faiss.cvar  # type: ignore[attr-defined]  # not in its stubs
+    names = ("threshold", "query_bs", "database_bs")
+    before = {
+        f"distance_compute_blas_{name}": getattr(found, f"distance_compute_blas_{name}") for name in names
+    }
+    threads = default_num_threads()
+    yield found
+    set_num_threads(threads)
+    for name, value in before.items():
+        setattr(found, name, value)
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_multiplied_batch_has_the_rows_that_its_questions_have_alone(
+    tmp_path: Path, metric: Metric, faiss_settings: Any
+) -> None:
+    index = built(tmp_path, "Flat", metric)
+    set_num_threads(2)
+    alone = [index.search(QUESTIONS[at : at + 1], 7, SearchParameters()) for at in range(len(QUESTIONS))]
+    faiss_settings.distance_compute_blas_threshold = 1
+    rows, scores = index.search(QUESTIONS, 7, SearchParameters())
+    np.testing.assert_array_equal(rows, np.concatenate([found for found, _ in alone]))
+    np.testing.assert_allclose(scores, np.concatenate([found for _, found in alone]), rtol=1e-4, atol=1e-4)
+
+
+def test_few_threads_multiply_small_batches_and_many_leave_it_to_faiss(faiss_settings: Any) -> None:
+    own = faiss_settings.distance_compute_blas_threshold
+    for threads, questions in ((1, 8), (2, 16), (8, 64)):
+        multiply_batches(threads)
+        assert faiss_settings.distance_compute_blas_threshold == questions * 384
+    multiply_batches(128)
+    assert faiss_settings.distance_compute_blas_threshold == own
+    assert (
+        faiss_settings.distance_compute_blas_query_bs * faiss_settings.distance_compute_blas_database_bs
+        == 4096 * 1024
+    )
+
+
+class Watched:
+    """An index of faiss that notes how many threads each search may take."""
+
+    def __init__(self, index: Any) -> None:
+        self._index = index
+        self.threads: list[int] = []
+
+    def search(self, *given: Any, **named: Any) -> Any:
+        self.threads.append(default_num_threads())
+        return self._index.search(*given, **named)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._index, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "threads", "taken"), [("Flat", 3, [1, 2, 3]), ("Flat", 8, [8, 8, 8]), ("HNSW8", 3, [3, 3, 3])]
+)
+def test_few_questions_take_no_more_of_few_threads_than_they_are(
+    tmp_path: Path, kind: str, threads: int, taken: list[int], faiss_settings: Any
+) -> None:
+    """faiss divided the vectors of a Flat index among two threads, which took twice as long as one of them."""
+    index = built(tmp_path, kind)
+    watched = Watched(index.faiss_index)
+    index._index = watched
+    set_num_threads(threads)
+    for num_questions in (1, 2, 3):
+        index.search(QUESTIONS[:num_questions], 5, SearchParameters())
+        assert default_num_threads() == threads
+    assert watched.threads == taken

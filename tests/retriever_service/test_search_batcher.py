@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rag_serving.metrics import Metrics
+from retriever_service import search_batcher
 from retriever_service.index.base import VectorIndex
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.search_batcher import SearchBatcher
@@ -163,6 +164,27 @@ async def test_request_that_comes_alone_does_not_wait_for_the_window() -> None:
     async with batching(EchoIndex(), window_s=30) as batcher, asyncio.timeout(5):
         for row in range(5):
             assert (await batcher.search(question(row), 1, OWN)).tolist() == [[row]]
+
+
+async def test_requests_that_come_one_after_another_are_searched_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half of the clients waited while the other half were searched for, and the search took little less."""
+    monkeypatch.setattr(search_batcher, "_LONGEST_GATHERING_S", 30)
+    index = EchoIndex()
+    async with batching(index, window_s=0.2) as batcher:
+        index.gate.clear()
+        first = [asyncio.create_task(batcher.search(question(row), 1, OWN)) for row in (1, 2)]
+        await asyncio.to_thread(index.begun.wait, 5)
+        await asyncio.sleep(1.5)  # so long a search makes the next one wait as long
+        index.gate.set()
+        await asyncio.gather(*first)
+        crowd = []
+        for row in range(3, 6):
+            crowd.append(asyncio.create_task(batcher.search(question(row), 1, OWN)))
+            await asyncio.sleep(0.12)
+        assert [(await task).tolist() for task in crowd] == [[[row]] for row in range(3, 6)]
+    assert [count for count, _, _ in index.calls] == [2, 3]
 
 
 async def test_index_with_copies_has_a_search_running_on_each() -> None:
