@@ -7,7 +7,6 @@ import itertools
 import json
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,16 +18,17 @@ from rich.table import Table
 
 from bench.machine import describe
 from bench.retriever.changes import measure_changes
+from bench.retriever.direct import CLIENTS, QUESTIONS_A_REQUEST, Direct, measure_direct
 from bench.retriever.served import Load, Served, ask, requests, served
 from bench.retriever.workload import N_DOCS, Corpus, Floats, factory_strings, index, question_texts
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import Snapshot
-from retriever_service.types import SearchParameters
 
-_CLIENTS = 64
 _QUESTIONS = 512
 _RECALL_QUESTIONS = 128
 _ROUNDS = 4
+_HUGGING_FACE_DOCS = 100_000
+"""RagRetriever holds every document and vector in memory."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,6 @@ class Case:
         return FaissIndex.load(Snapshot.open(self.folder).index_file)
 
 
-def direct(loaded: FaissIndex, questions: Floats, batch: int, seconds: float) -> tuple[float, float]:
-    """Searches a second and the median latency in ms of faiss called directly, so many questions at a time."""
-    parameters, times_s = SearchParameters(), []
-    loaded.search(questions[:batch], N_DOCS, parameters)
-    while sum(times_s) < seconds:
-        start = len(times_s) * batch % (len(questions) - batch + 1)
-        began_s = time.perf_counter()
-        loaded.search(questions[start : start + batch], N_DOCS, parameters)
-        times_s.append(time.perf_counter() - began_s)
-    return batch * len(times_s) / sum(times_s), 1000 * float(np.median(times_s))
-
-
 _UNCACHED = ("--document-cache-bytes=0", "--context-cache-bytes=0")
 PARTS = ("search", "start", "hugging-face", "changes")
 
@@ -94,31 +82,39 @@ def measure(case: Case, parts: Sequence[str], scratch: Path) -> Iterator[Row]:
 
 
 def _search(case: Case, questions: Floats, bare: list[bytes], whole: list[bytes]) -> Iterator[Row]:
-    loaded = case.faiss()
-    together, _ = direct(loaded, questions, _CLIENTS, case.seconds)
+    baselines, found = measure_direct(case.faiss(), questions, case.seconds)
+    for baseline in baselines:
+        for size, together in baseline.batches.items():
+            batch = min(size * CLIENTS, len(questions))
+            yield case.row("throughput", f"{baseline.name}, batches of {batch}", together, "searches/s")
+        yield case.row("alone", f"{baseline.name}, median", baseline.alone_ms, "ms")
+    found = found[:_RECALL_QUESTIONS]
     # A large index takes seconds for what 64 clients ask at once; each of them is to be answered a few times.
-    case = replace(case, seconds=max(case.seconds, _ROUNDS * _CLIENTS / together))
-    _, alone_ms = direct(loaded, questions, 1, case.seconds)
-    yield case.row("throughput", f"faiss, batches of {_CLIENTS}", together, "searches/s")
-    yield case.row("alone", "faiss, median", alone_ms, "ms")
-    found = loaded.search(questions[:_RECALL_QUESTIONS], N_DOCS, SearchParameters())[0]
-    del loaded
+    case = replace(case, seconds=max(case.seconds, _ROUNDS * CLIENTS / baselines[-1].batches[1]))
     yield case.row("quality", f"recall@{N_DOCS}", recall(case.corpus, questions, found), "")
     with served(case.folder) as service:
-        yield from _throughput(case, service, together, bare, whole, "")
-        yield from _alone(case, service, alone_ms, bare, whole, found)
+        yield from _throughput(case, service, baselines, bare, whole, "")
+        yield from _several_a_request(case, service, baselines, questions)
+        yield from _alone(case, service, baselines, bare, whole, found)
         yield case.row("memory", "served, own pages", service.memory_mib(), "MiB")
         yield case.row("memory", "served, resident", service.resident_mib(), "MiB")
     with served(case.folder, *_UNCACHED) as service:
-        yield from _throughput(case, service, together, bare, whole, ", nothing cached")
+        yield from _throughput(case, service, baselines, bare, whole, ", nothing cached")
         assembled = ask(service.address, whole, clients=1, seconds=case.seconds)
         median_ms = assembled.quantile_ms(0.5)
         yield case.row("alone", "served with contexts, nothing cached, median", median_ms, "ms")
-        yield case.row("alone", "overhead, nothing cached", median_ms - alone_ms, "ms", "at most 2")
+        for baseline in baselines:
+            figure = f"overhead to {baseline.name}, nothing cached"
+            yield case.row("alone", figure, median_ms - baseline.alone_ms, "ms", "at most 2")
 
 
 def _alone(
-    case: Case, service: Served, alone_ms: float, bare: list[bytes], whole: list[bytes], found: np.ndarray
+    case: Case,
+    service: Served,
+    baselines: Sequence[Direct],
+    bare: list[bytes],
+    whole: list[bytes],
+    found: np.ndarray,
 ) -> Iterator[Row]:
     one = ask(service.address, bare, clients=1, seconds=case.seconds)
     yield from _same_rows(case, one, found)
@@ -127,21 +123,43 @@ def _alone(
     yield case.row("alone", "served, search only, p99", one.quantile_ms(0.99), "ms")
     yield case.row("alone", "served with contexts, median", assembled.quantile_ms(0.5), "ms")
     yield case.row("alone", "served with contexts, p99", assembled.quantile_ms(0.99), "ms")
-    overhead = assembled.quantile_ms(0.5) - alone_ms
-    yield case.row("alone", "overhead, contexts included", overhead, "ms", "at most 2")
+    for baseline in baselines:
+        overhead = assembled.quantile_ms(0.5) - baseline.alone_ms
+        figure = f"overhead to {baseline.name}, contexts included"
+        yield case.row("alone", figure, overhead, "ms", "at most 2")
     assembly = assembled.quantile_ms(0.5) - one.quantile_ms(0.5)
     yield case.row("alone", "of it context assembly", assembly, "ms")
 
 
 def _throughput(
-    case: Case, service: Served, together: float, bare: list[bytes], whole: list[bytes], how: str
+    case: Case,
+    service: Served,
+    baselines: Sequence[Direct],
+    bare: list[bytes],
+    whole: list[bytes],
+    how: str,
+    size: int = 1,
 ) -> Iterator[Row]:
     for name, asked, bar in (("search only", bare, "at least 0.85"), ("with contexts", whole, "")):
-        load = ask(service.address, asked, clients=_CLIENTS, seconds=case.seconds)
-        figure, ratio = f"served, {name}{how}", load.searches_per_s / together
-        yield case.row("throughput", f"{figure}, {_CLIENTS} clients", load.searches_per_s, "searches/s")
+        load = ask(service.address, asked, clients=CLIENTS, seconds=case.seconds)
+        figure, searches_per_s = f"served, {name}{how}", size * load.searches_per_s
+        yield case.row("throughput", f"{figure}, {CLIENTS} clients", searches_per_s, "searches/s")
         yield case.row("throughput", f"{figure}, p99", load.quantile_ms(0.99), "ms")
-        yield case.row("throughput", f"{figure}, to faiss", ratio, "ratio", bar)
+        for baseline in baselines:
+            ratio = searches_per_s / baseline.batches[size]
+            yield case.row("throughput", f"{figure}, to {baseline.name}", ratio, "ratio", bar)
+
+
+def _several_a_request(
+    case: Case, service: Served, baselines: Sequence[Direct], questions: Floats
+) -> Iterator[Row]:
+    """The same clients with several questions in each request: what a call costs is shared by them."""
+    texts = question_texts(len(questions))
+    for size in QUESTIONS_A_REQUEST:
+        bare, whole = (requests(questions, texts, contexts=contexts, size=size) for contexts in (False, True))
+        seconds = max(case.seconds, _ROUNDS * size * CLIENTS / baselines[-1].batches[size] / 2)
+        longer = replace(case, seconds=seconds)
+        yield from _throughput(longer, service, baselines, bare, whole, f", {size} questions a request", size)
 
 
 def _same_rows(case: Case, load: Load, found: np.ndarray) -> Iterator[Row]:
@@ -182,13 +200,13 @@ def _against_hugging_face(
     from bench.retriever.hugging_face import retriever, searches_per_s  # noqa: PLC0415
 
     theirs = searches_per_s(
-        retriever(case.corpus, case.folder, scratch), questions, texts, clients=_CLIENTS, seconds=case.seconds
+        retriever(case.corpus, case.folder, scratch), questions, texts, clients=CLIENTS, seconds=case.seconds
     )
-    yield case.row("hugging face", f"RagRetriever, {_CLIENTS} threads", theirs, "searches/s")
+    yield case.row("hugging face", f"RagRetriever, {CLIENTS} threads", theirs, "searches/s")
     for name, flags in (("with contexts", ()), ("with contexts, nothing cached", _UNCACHED)):
         with served(case.folder, *flags) as service:
-            ours = ask(service.address, whole, clients=_CLIENTS, seconds=case.seconds).searches_per_s
-        yield case.row("hugging face", f"served {name}, {_CLIENTS} clients", ours, "searches/s")
+            ours = ask(service.address, whole, clients=CLIENTS, seconds=case.seconds).searches_per_s
+        yield case.row("hugging face", f"served {name}, {CLIENTS} clients", ours, "searches/s")
         yield case.row(
             "hugging face", f"served {name}, to RagRetriever", ours / theirs, "ratio", "at least 10"
         )
@@ -231,8 +249,8 @@ def main() -> None:
         corpus, factory = Corpus(size, dim), factory_strings(size)[kind]
         place = index(corpus, factory, arguments.folder)
         parts = set(arguments.parts)
-        if size != min(100_000, max(docs)) or dim != min(dims):
-            parts.discard("hugging-face")  # it holds every document and vector in memory
+        if size > _HUGGING_FACE_DOCS or (arguments.quick and size != max(docs)):
+            parts.discard("hugging-face")
         for row in measure(Case(corpus, factory, place, arguments.seconds), sorted(parts), arguments.folder):
             rows.append(row)
             console.print(*_cells(row), highlight=False)

@@ -89,7 +89,7 @@ def _wait_ready(process: subprocess.Popen[bytes], log: Any) -> str:
 
 @dataclass(frozen=True)
 class Load:
-    """What clients saw: answers a second, and each answer's latency in seconds."""
+    """What clients saw: answers a second (searches where each asks one question), latencies in seconds."""
 
     searches_per_s: float
     latencies_s: Sequence[float]
@@ -112,16 +112,16 @@ class Load:
         }
 
 
-def requests(questions: Floats, texts: Sequence[str], *, contexts: bool) -> list[bytes]:
-    """One request a question, as the generator sends it, in its wire format."""
+def requests(questions: Floats, texts: Sequence[str], *, contexts: bool, size: int = 1) -> list[bytes]:
+    """Requests of `size` questions each, as the generator sends them, in their wire format."""
     return [
         messages.RetrieveRequest(
-            question_hidden_states=tensor_codec.encode(vector[None]),
-            question_texts=document_pb2.QuestionTexts(texts=[text]),
+            question_hidden_states=tensor_codec.encode(questions[start : start + size]),
+            question_texts=document_pb2.QuestionTexts(texts=texts[start : start + size]),
             n_docs=N_DOCS,
             skip_contexts=not contexts,
         ).SerializeToString()
-        for vector, text in zip(questions, texts, strict=True)
+        for start in range(0, len(questions), size)
     ]
 
 

@@ -19,6 +19,9 @@ def test_every_part_gives_its_figures(tmp_path: Path, monkeypatch: pytest.Monkey
     assert {row["part"] for row in rows} == {"throughput", "alone", "quality", "memory", "start", "changes"}
     assert figures["recall@5"] == 1.0
     assert figures["served rows that are faiss's"] == 1.0
+    for how in ("search only", "with contexts, 8 questions a request", "search only, 32 questions a request"):
+        for baseline in ("faiss", "faiss set up as served"):
+            assert figures[f"served, {how}, to {baseline}"] > 0
     assert figures["durable upserts, batches of 100"] > 0
     assert figures["search while compacting, p99"] > 0
     assert all(row["hardware"] and "--docs 600" in row["command"] for row in rows)
