@@ -46,7 +46,7 @@ class MilvusConnection:
             from pymilvus import MilvusClient  # noqa: PLC0415  (an extra: a retriever without Milvus starts)
         except ImportError as error:
             raise StartupError(
-                "--backend milvus needs pymilvus: install ragpair with its extra milvus"
+                "--backend milvus needs pymilvus: install ragpair with its extra milvus, ragpair[milvus]"
             ) from error
         # Every failure is raised here too, and says less at greater length there.
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
