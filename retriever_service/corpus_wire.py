@@ -8,20 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from google.protobuf import json_format, struct_pb2, timestamp_pb2
 
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag_serving import struct_codec, tensor_codec
 from rag_serving.errors import InvalidArgumentError
 from retriever_service.corpus.base import Delete, NewDocument
+from retriever_service.embedding_rule import first_refused
 from retriever_service.index.manifest import Embedding
-from retriever_service.types import MAX_METADATA_DEPTH, MAX_NORM, Document, Float32Array, metadata_depth
+from retriever_service.types import MAX_METADATA_DEPTH, Document, Float32Array, metadata_depth
 
 _MAX_KEY_BYTES = 1024
 _MAX_REQUEST_ID_BYTES = 256
 _MAX_METADATA_BYTES = 1 << 16
-_UNIT_TOLERANCE = 1e-2  # what float16 or bfloat16 leaves of a unit vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +77,9 @@ def read_embeddings(
         raise InvalidArgumentError(
             field, f"the index has dimension {dimension}, the embeddings have {vectors.shape[1]}"
         )
-    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
-    for position, length in enumerate(lengths):
-        if length > MAX_NORM:
-            raise InvalidArgumentError(
-                f"{field}[{position}]", f"a vector's length must be at most {MAX_NORM:g}", float(length)
-            )
-        if embedding.normalize and abs(length - 1) > _UNIT_TOLERANCE:
-            raise InvalidArgumentError(
-                f"{field}[{position}]", "the index's embeddings have length 1", float(length)
-            )
-        if not length:
-            raise InvalidArgumentError(
-                f"{field}[{position}]", "is zero: no question can find it by its score"
-            )
+    refused = first_refused(vectors, unit=bool(embedding.normalize))
+    if refused is not None:
+        raise InvalidArgumentError(f"{field}[{refused.position}]", refused.reason, refused.length)
     return vectors
 
 

@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from retriever_service.embedding_rule import first_refused
 from retriever_service.errors import BuildError
 from retriever_service.index import snapshot
 from retriever_service.index.manifest import Embedding, Manifest
@@ -28,6 +29,7 @@ from retriever_service.ingest.vectors import (
     build_vectors,
 )
 from retriever_service.store.sqlite import (
+    EMBEDDING_DTYPES,
     DuplicateKeyError,
     SqliteStore,
     SqliteWriter,
@@ -147,8 +149,7 @@ def _write_documents(
         writer = SqliteWriter(unfinished, options.embeddings_dtype)
         progress("documents", len(writer), total)
         for chunk, embeddings in _embedded(reader, len(writer), encoder, writer.dimension):
-            if options.embeddings_dtype == "float16":
-                _check_float16(chunk, embeddings)
+            _check_stored(chunk, embeddings, options.embeddings_dtype)
             documents = [
                 (str(row) if record.key is None else record.key, record.title, record.text, record.metadata)
                 for row, record in enumerate(chunk, start=len(writer))
@@ -210,11 +211,16 @@ def _given_embeddings(chunk: list[Record], dimension: int | None) -> Float32Arra
     return np.stack(given)
 
 
-def _check_float16(chunk: list[Record], embeddings: Float32Array) -> None:
-    largest = np.abs(embeddings).max(axis=1)
-    for record, value in zip(chunk, largest.tolist(), strict=True):
-        if value > _MAX_FLOAT16:
-            raise BuildError(f"{record.where}: embedding holds {value:g}, more than float16 can")
+def _check_stored(chunk: list[Record], embeddings: Float32Array, dtype: str) -> None:
+    """Refuses, by name, what cannot be served once it is stored as float32 or float16."""
+    if dtype == "float16":
+        largest = np.abs(embeddings).max(axis=1)
+        for record, value in zip(chunk, largest.tolist(), strict=True):
+            if value > _MAX_FLOAT16:
+                raise BuildError(f"{record.where}: embedding holds {value:g}, more than float16 can")
+    refused = first_refused(embeddings.astype(EMBEDDING_DTYPES[dtype]).astype(np.float32))
+    if refused is not None:
+        raise BuildError(f"{chunk[refused.position].where}: embedding {refused.reason}")
 
 
 def _index_vectors(

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from retriever_service.embedding_rule import first_refused
 from retriever_service.errors import BuildError
-from retriever_service.types import MAX_METADATA_DEPTH, MAX_NORM, Float32Array, metadata_depth
+from retriever_service.types import MAX_METADATA_DEPTH, Float32Array, metadata_depth
 
 MAX_TEXT_BYTES = 1 << 20
 _MAX_KEY_BYTES = 1024
@@ -89,8 +90,7 @@ def _checked_embedding(embedding: Sequence[float] | None, where: str) -> Float32
         raise BuildError(f"{where}: embedding must be a list of numbers") from error
     if vector.ndim != 1 or vector.size == 0:
         raise BuildError(f"{where}: embedding must be a list of numbers, got shape {list(vector.shape)}")
-    if not np.isfinite(vector).all():
-        raise BuildError(f"{where}: embedding is not finite")
-    if float(np.linalg.norm(vector.astype(np.float64))) > MAX_NORM:
-        raise BuildError(f"{where}: embedding is longer than {MAX_NORM:g}")
+    refused = first_refused(vector[None])
+    if refused is not None:
+        raise BuildError(f"{where}: embedding {refused.reason}")
     return vector

@@ -51,6 +51,10 @@ def test_key_given_twice_names_both_lines(tmp_path: Path, build_corpus: Build) -
             [{"text": "a", "embedding": [1.0]}, {"text": "b", "embedding": [1.0, 2.0]}],
             "line 2: .* dimension 2",
         ),
+        (
+            [{"text": "a", "embedding": [1.0]}, {"text": "b", "embedding": [0.0]}],
+            "line 2: embedding is zero: no question can find it",
+        ),
     ],
 )
 def test_corpus_that_cannot_be_indexed_is_refused(
@@ -121,6 +125,43 @@ def test_float16_embeddings_take_half_the_room_and_are_what_is_indexed(
     _, scores = FaissIndex.load(snapshot.index_file).search(stored[:5], 1, SearchParameters())
     np.testing.assert_allclose(scores[:, 0], (stored[:5] ** 2).sum(axis=1), rtol=1e-5)
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("vector", "said"),
+    [
+        ([0.0] * 3, "embedding is zero"),
+        ([np.nan] * 3, "is not finite"),
+        ([1e17] * 3, "is longer than 1e\\+16"),
+    ],
+)
+def test_an_encoder_s_unusable_embedding_is_refused_by_its_record(
+    tmp_path: Path, vector: list[float], said: str
+) -> None:
+    class OneWrong(CountingEncoder):
+        def encode(self, passages: Sequence[tuple[str, str]]) -> np.ndarray:
+            made = super().encode(passages)
+            made[[text == "wrong" for _, text in passages]] = vector
+            return made
+
+    lines = [{"text": "right"}] * 600 + [{"text": "wrong"}]
+    with pytest.raises(BuildError, match=f"line 601: .*{said}"):
+        build_index(
+            CorpusReader(write_jsonl(tmp_path / "c.jsonl", lines)),
+            tmp_path / "index",
+            encoder=OneWrong(),
+            embedding_name=None,
+            options=BuildOptions(),
+            progress=lambda *_: None,
+        )
+    assert not (tmp_path / "index" / "CURRENT").exists()
+
+
+def test_embedding_that_is_zero_as_float16_is_refused(tmp_path: Path, build_corpus: Build) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "a", "embedding": [1e-9]}])
+    build_corpus(corpus, tmp_path / "float32")
+    with pytest.raises(BuildError, match="line 1: embedding is zero"):
+        build_corpus(corpus, tmp_path / "float16", embeddings_dtype="float16")
 
 
 def test_embedding_beyond_float16_is_refused(tmp_path: Path, build_corpus: Build) -> None:

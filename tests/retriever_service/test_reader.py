@@ -58,6 +58,7 @@ def test_jsonl_gives_records_with_defaults(tmp_path: Path) -> None:
         ('{"text": "x", "embedding": [[1]]}', "embedding must be a list of numbers"),
         ('{"text": "x", "embedding": [1, NaN]}', "embedding is not finite"),
         ('{"text": "x", "embedding": [1, 1e30]}', "embedding is longer than 1e+16"),
+        ('{"text": "x", "embedding": [0, 0.0]}', "embedding is zero"),
         ('{"text": "x", "embeding": [1]}', "unknown field 'embeding'"),
         (json.dumps({"text": "x" * 201}), "text has 201 bytes, at most 200"),
     ],
