@@ -27,11 +27,13 @@ from retriever_service.index.live_index import LiveIndex
 from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot, live_file, prune
 from retriever_service.store.changes import ChangeWriter
 from retriever_service.store.live import LiveStore, LoggedChange
-from retriever_service.store.live_check import check_changes, is_begun
+from retriever_service.store.live_check import check_changes, check_last_change, is_begun
 from retriever_service.types import Float32Array, Int64Array
 
 _VECTORS_PER_CHUNK = 16_384
 _ATTEMPTS = 3
+# How long another process may take to see a change: until then it finds, and reads, what was replaced.
+_PURGE_GRACE_S = 3600.0
 
 
 class LocalCorpus(Corpus):
@@ -237,7 +239,7 @@ class LocalCorpus(Corpus):
         if self._read_only_reason is None and changes_file is not None:
             self._writer = ChangeWriter(changes_file, base.documents_file, digest, etag_prefix, requests_kept)
             self._closing.callback(self._writer.close)
-            self._writer.purge()
+            self._writer.purge(grace_s=_PURGE_GRACE_S)
         elif changes_file is not None and not is_begun(changes_file, base.documents_file):
             changes_file = None
         dimension = base.manifest.dimension
@@ -261,7 +263,7 @@ class LocalCorpus(Corpus):
         return True
 
     def _check_changes(self, file: Path, snapshot: Snapshot, base: Snapshot) -> None:
-        """Refuses a changes file that is damaged; unless `verify`, only one that is not there and has to be."""
+        """Refuses a changes file that is damaged; unless `verify`, only one that is gone, wholly or at its end."""
         is_compaction = snapshot.manifest.base_generation is not None
         if self._verify:
             check_changes(
@@ -271,8 +273,8 @@ class LocalCorpus(Corpus):
                 base.manifest.dimension,
                 snapshot.manifest.sequence if is_compaction else None,
             )
-        elif is_compaction and not is_begun(file, base.documents_file):
-            raise DamagedIndexError(file, "missing or empty, where a compaction holds changes of it")
+        else:
+            check_last_change(file, base.documents_file, is_compacted=is_compaction)
 
     def _refusal(self, take_changes: bool) -> str | None:
         if not take_changes:

@@ -10,6 +10,7 @@
         index.faiss              the vector index
         documents.sqlite         documents and exact embeddings
       live-000001.sqlite         every change of the documents since that build: see store.live
+      live-000001.sqlite-acknowledged   the last one's number: see store.acknowledged
       generation-000002/         a compaction of build 1 and its changes
         manifest.json            also: the build, and the number of the last change that is in the index
         index.faiss              the vector index
@@ -41,7 +42,7 @@ _BUILDING_FOLDER = ".building"
 _COMPACTING_FOLDER = ".compacting"
 _RECIPE_FILE = "recipe.sha256"
 _GENERATION = re.compile(r"generation-(\d{6,})")
-_LIVE = re.compile(r"live-(\d{6,})\.sqlite(-wal|-shm|-journal)?")
+_LIVE = re.compile(r"live-(\d{6,})\.sqlite(-wal|-shm|-journal|-acknowledged)?")
 _CURRENT = re.compile(rf"({_GENERATION.pattern}) (sha256:[0-9a-f]{{64}})\n")
 
 

@@ -11,6 +11,7 @@ from retriever_service.corpus.compaction import write_snapshot
 from retriever_service.errors import BuildError, DamagedIndexError
 from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot, live_file
 from retriever_service.ingest.verify import verify_index
+from retriever_service.store.acknowledged import Acknowledged, LostChangesError
 from retriever_service.store.live import LiveStore
 from retriever_service.store.live_check import check_changes, is_begun
 
@@ -23,11 +24,25 @@ def repair_index(
     """Makes an index folder whole again; returns its snapshot, and whether there was anything to repair.
 
     The index is built from the documents and every change since, in the kind it had, as a new generation with
-    `nprobe` and `ef_search` as its own settings. Raises DamagedIndexError where the manifest or SQLite's files
+    `nprobe` and `ef_search` as its own settings. Acknowledged changes that are gone from the log's end are given
+    up. Raises DamagedIndexError where the manifest or SQLite's files
     are damaged themselves, ReadOnlyError while a retriever writes to the folder, and BuildError.
     """
     try:
+        return _repair(folder, nprobe, ef_search, step, progress)
+    except LostChangesError as error:
+        step(f"what is left, for {error.message}")
+        _give_up_lost_changes(Snapshot.open(folder), error.last)
+        return _repair(folder, nprobe, ef_search, step, progress)[0], True
+
+
+def _repair(
+    folder: Path, nprobe: int, ef_search: int, step: Callable[[str], None], progress: Progress
+) -> tuple[Snapshot, bool]:
+    try:
         return verify_index(folder, step), False
+    except LostChangesError:
+        raise
     except DamagedIndexError as error:
         step(f"what is left, for {error.message}")
     damaged = Snapshot.open(folder, (DOCUMENTS_FILE,))
@@ -67,3 +82,15 @@ def repair_index(
     finally:
         lock.release(root)
     return verify_index(folder, step), True
+
+
+def _give_up_lost_changes(snapshot: Snapshot, last: int) -> None:
+    if snapshot.root is None:
+        raise BuildError(f"{snapshot.folder} is no index folder with generations: build it anew")
+    lock.acquire(snapshot.root)
+    try:
+        noted = Acknowledged(live_file(snapshot.root, snapshot.base().manifest.generation))
+        noted.write(last)
+        noted.close()
+    finally:
+        lock.release(snapshot.root)

@@ -1,8 +1,10 @@
 """Writes changes of the corpus: one transaction a batch, durable when it returns."""
 
 import json
+import re
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,15 @@ from retriever_service.errors import (
     KeyExistsError,
     RequestIdReusedError,
 )
+from retriever_service.store.acknowledged import Acknowledged
 from retriever_service.store.filter_indexes import create_filter_indexes, indexed_fields
 from retriever_service.store.live import SCHEMA, LoggedChange, open_live
-from retriever_service.store.live_check import content_crc32
+from retriever_service.store.live_check import answer_crc32, content_crc32, damaged_answer, has_column
 from retriever_service.store.sqlite import meaning
 from retriever_service.types import Float32Array
+
+_PURGE_AT = re.compile(r"(\d+) (\d+)")
+"""When a writer started, in seconds since the epoch, and the log's last change then."""
 
 
 class ChangeWriter:
@@ -40,14 +46,19 @@ class ChangeWriter:
             making.close()
             self._connection = open_live(changes_file, base_file)
             self._connection.execute("PRAGMA synchronous=FULL")
+            if not has_column(self._connection, "requests", "crc32"):
+                self._connection.execute("ALTER TABLE main.requests ADD COLUMN crc32 INTEGER")
             self._adopt(base_digest)
             create_filter_indexes(self._connection, "main", indexed_fields(self._connection, "base"))
         except sqlite3.DatabaseError as error:
             raise meaning(error, changes_file, "write") from error
+        self._acknowledged = Acknowledged(changes_file)
+        self._acknowledged.write(self._last_sequence())
 
     def close(self) -> None:
         """Folds the write-ahead log in and closes."""
         self._connection.close()
+        self._acknowledged.close()
 
     def upsert(
         self,
@@ -121,19 +132,36 @@ class ChangeWriter:
 
         return self._transaction(request, write)
 
-    def purge(self) -> None:
-        """Forgets the versions written here that were replaced or deleted; no search may be running."""
+    def purge(self, *, grace_s: float) -> None:
+        """Forgets the versions written here that were replaced or deleted before a start `grace_s` ago or earlier.
+
+        Another process that reads this file sees a change a moment later: what it finds until then, it still
+        reads. A time is noted with the log's end, and used once it is old enough; then a new one is.
+        """
         try:
             with self._lock, self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
-                for table in ("embeddings", "checksums"):
-                    self._connection.execute(
-                        f"DELETE FROM main.{table} WHERE row IN"  # noqa: S608  (one of two)
-                        " (SELECT row FROM main.documents WHERE is_current = 0)"
-                    )
-                self._connection.execute("DELETE FROM main.documents WHERE is_current = 0")
+                noted = _PURGE_AT.fullmatch(self._fact("purge_at"))
+                now_s = int(time.time())
+                if noted is not None and now_s - int(noted[1]) >= grace_s:
+                    self._forget_replaced(int(noted[2]))
+                    noted = None
+                if noted is None or int(noted[1]) > now_s:
+                    self._set_fact("purge_at", f"{now_s} {self._last_sequence()}")
         except sqlite3.DatabaseError as error:
             raise meaning(error, self._file, "write") from error
+
+    def _forget_replaced(self, sequence: int) -> None:
+        self._connection.execute(
+            "CREATE TEMP TABLE forgotten AS SELECT row FROM main.documents WHERE is_current = 0 AND row IN"
+            " (SELECT replaced_row FROM main.changes WHERE sequence <= ?)",
+            (sequence,),
+        )
+        for table in ("embeddings", "checksums", "documents"):
+            self._connection.execute(
+                f"DELETE FROM main.{table} WHERE row IN (SELECT row FROM temp.forgotten)"  # noqa: S608  (ours)
+            )
+        self._connection.execute("DROP TABLE temp.forgotten")
 
     def _transaction(
         self, request: tuple[str, str], write: Callable[[], tuple[dict[str, Any], list[LoggedChange]]]
@@ -149,6 +177,8 @@ class ChangeWriter:
                     answer, changes = write()
                     self._remember(*request, answer)
                     self._connection.execute("COMMIT")
+                    if changes:
+                        self._acknowledged.write(changes[-1].sequence)
                 except BaseException:
                     if self._connection.in_transaction:
                         self._connection.execute("ROLLBACK")
@@ -161,10 +191,12 @@ class ChangeWriter:
         if not request_id:
             return None
         found = self._connection.execute(
-            "SELECT digest, response FROM main.requests WHERE request_id = ?", (request_id,)
+            "SELECT digest, response, crc32 FROM main.requests WHERE request_id = ?", (request_id,)
         ).fetchone()
         if found is None:
             return None
+        if found[2] not in {None, answer_crc32(request_id, found[0], found[1])}:
+            raise damaged_answer(self._file, request_id)
         if found[0] != digest:
             raise RequestIdReusedError(request_id)
         answer: dict[str, Any] = json.loads(found[1])
@@ -173,9 +205,10 @@ class ChangeWriter:
     def _remember(self, request_id: str, digest: str, answer: dict[str, Any]) -> None:
         if not request_id:
             return
+        response = json.dumps(answer)
         cursor = self._connection.execute(
-            "INSERT INTO main.requests (request_id, digest, response) VALUES (?, ?, ?)",
-            (request_id, digest, json.dumps(answer)),
+            "INSERT INTO main.requests (request_id, digest, response, crc32) VALUES (?, ?, ?, ?)",
+            (request_id, digest, response, answer_crc32(request_id, digest, response)),
         )
         self._connection.execute(
             "DELETE FROM main.requests WHERE number <= ?", ((cursor.lastrowid or 0) - self._requests_kept,)
@@ -220,9 +253,9 @@ class ChangeWriter:
         elif found[0] != base_digest:
             raise DamagedIndexError(self._file, "holds the changes of another build")
 
-    def _fact(self, name: str) -> str:
+    def _fact(self, name: str, default: str = "") -> str:
         found = self._connection.execute("SELECT value FROM main.facts WHERE name = ?", (name,)).fetchone()
-        return str(found[0])
+        return default if found is None else str(found[0])
 
     def _set_fact(self, name: str, value: str) -> None:
         self._connection.execute("INSERT OR REPLACE INTO main.facts VALUES (?, ?)", (name, value))

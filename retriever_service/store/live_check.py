@@ -6,14 +6,24 @@ from contextlib import closing
 from pathlib import Path
 
 from retriever_service.errors import DamagedIndexError
+from retriever_service.store.acknowledged import LostChangesError, read_acknowledged
 from retriever_service.store.live import open_live
 from retriever_service.store.sqlite import meaning
 
 
 def content_crc32(key: str, title: str, text: str, metadata: str | None, embedding: bytes) -> int:
     """Returns what is written beside a document, so that a damaged byte of it is found."""
+    return _crc32(key.encode(), title.encode(), text.encode(), (metadata or "").encode(), embedding)
+
+
+def answer_crc32(request_id: str, digest: str, response: str) -> int:
+    """Returns what is written beside a remembered answer, so that a damaged byte of it is found."""
+    return _crc32(request_id.encode(), digest.encode(), response.encode())
+
+
+def _crc32(*parts: bytes) -> int:
     crc32 = 0
-    for part in (key.encode(), title.encode(), text.encode(), (metadata or "").encode(), embedding):
+    for part in parts:
         crc32 = zlib.crc32(part, zlib.crc32(len(part).to_bytes(8, "little"), crc32))
     return crc32
 
@@ -25,8 +35,9 @@ def check_changes(
 
     `snapshot_sequence` is the last change that a snapshot of them holds, None where there is none: without one,
     a file that is not there, or not begun, is that of a build that nobody has changed. Raises DamagedIndexError
-    naming the file, or DiskFullError.
+    naming the file, LostChangesError, or DiskFullError.
     """
+    acknowledged = read_acknowledged(file)  # first: a retriever may be writing
     begun = False
     if file.exists() and file.stat().st_size:
         try:
@@ -36,12 +47,42 @@ def check_changes(
                 begun = _is_begun(connection)
                 if begun:
                     _check(connection, file, base_digest, dimension, snapshot_sequence or 0)
+                    _check_end(connection, file, acknowledged)
         except sqlite3.DatabaseError as error:
             raise meaning(error, file, "read") from error
         except UnicodeDecodeError as error:
             raise DamagedIndexError(file, f"SQLite cannot read it: {error}") from error
-    if not begun and snapshot_sequence is not None:
+    if not begun:
+        _check_needless(file, acknowledged, is_compacted=snapshot_sequence is not None)
+
+
+def check_last_change(file: Path, base_file: Path, *, is_compacted: bool) -> None:
+    """Checks only that a changes file is there where it has to be, and that no acknowledged change is gone.
+
+    `is_compacted` says that a snapshot holds changes of it. Raises as `check_changes` does.
+    """
+    acknowledged = read_acknowledged(file)
+    if not is_begun(file, base_file):
+        _check_needless(file, acknowledged, is_compacted=is_compacted)
+        return
+    try:
+        with closing(open_live(file, base_file)) as connection:
+            _check_end(connection, file, acknowledged)
+    except sqlite3.DatabaseError as error:
+        raise meaning(error, file, "read") from error
+
+
+def _check_needless(file: Path, acknowledged: int, *, is_compacted: bool) -> None:
+    if is_compacted:
         raise DamagedIndexError(file, "missing or empty, where a compaction holds changes of it")
+    if acknowledged:
+        raise DamagedIndexError(file, f"missing or empty, where {acknowledged} changes were acknowledged")
+
+
+def _check_end(connection: sqlite3.Connection, file: Path, acknowledged: int) -> None:
+    last = connection.execute("SELECT coalesce(max(sequence), 0) FROM main.changes").fetchone()[0]
+    if last < acknowledged:
+        raise LostChangesError(file, last, acknowledged)
 
 
 def is_begun(file: Path, base_file: Path) -> bool:
@@ -94,11 +135,34 @@ def _check_documents(connection: sqlite3.Connection, file: Path, dimension: int)
         found = connection.execute(query, {"embedding_bytes": 4 * dimension}).fetchone()
         if found is not None:
             raise DamagedIndexError(file, f"row {found[0]} {what}")
-    if not _has_table(connection, "checksums"):
-        return  # written before there were any
-    for row, crc32, *content in connection.execute(_CONTENTS):
+    # Before there were checksums, changes were written without.
+    for row, crc32, *content in connection.execute(_CONTENTS) if _has_table(connection, "checksums") else ():
         if content_crc32(*content) != crc32:
             raise DamagedIndexError(file, f"row {row} is not what was written")
+    _check_answers(connection, file)
+
+
+def _check_answers(connection: sqlite3.Connection, file: Path) -> None:
+    if not has_column(connection, "requests", "crc32"):
+        return  # written before there was one
+    for crc32, *answer in connection.execute(
+        "SELECT crc32, request_id, digest, response FROM main.requests WHERE crc32 IS NOT NULL"
+    ):
+        if answer_crc32(*answer) != crc32:
+            raise damaged_answer(file, answer[0])
+
+
+def damaged_answer(file: Path, request_id: str) -> DamagedIndexError:
+    """Returns what is raised for a remembered answer whose checksum differs."""
+    return DamagedIndexError(
+        file, f"the answer remembered for request_id {request_id!r} is not what was written"
+    )
+
+
+def has_column(connection: sqlite3.Connection, table: str, name: str) -> bool:
+    """Whether a table of the changes has a column."""
+    query = "SELECT count(*) FROM pragma_table_info(?, 'main') WHERE name = ?"
+    return bool(connection.execute(query, (table, name)).fetchone()[0])
 
 
 def _has_table(connection: sqlite3.Connection, name: str) -> bool:

@@ -8,39 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from retriever_service.corpus.base import Delete, NewDocument, Upsert
+from retriever_service.corpus.base import Delete
 from retriever_service.corpus.local import LocalCorpus
 from retriever_service.errors import DamagedIndexError, MissingIndexError, ReadOnlyError
-from retriever_service.index.manifest import Embedding
-from retriever_service.ingest.repair import repair_index
 from retriever_service.ingest.verify import verify_index
 from retriever_service.store.live import SCHEMA
 from retriever_service.types import SearchParameters
+from tests.retriever_service.damaged_folders import change, compacted, flip, repaired
 
-DIM = 16
 Build = Callable[..., Any]
-
-
-def repaired(folder: Path) -> bool:
-    quiet = {"step": lambda what: None, "progress": lambda stage, done, total: None}
-    return repair_index(folder, nprobe=4, ef_search=32, **quiet)[1]  # type: ignore[arg-type]
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def change(corpus: LocalCorpus) -> Any:
-    vector = np.random.default_rng(5).standard_normal((1, DIM)).astype(np.float32)
-    document = NewDocument("fresh", "", "a text of its own")
-    corpus.upsert(Upsert("", "d", [document], vector, False, Embedding(name="tiny-encoder")))
-    corpus.delete(Delete("", "d", [("doc-3", "")]))
-    return vector
 
 
 @pytest.mark.parametrize("is_compacted", [False, True])
@@ -91,16 +69,6 @@ FILES = {
     "live-000001.sqlite": False,
     "CURRENT": False,
 }
-
-
-def compacted(folder: Path) -> Path:
-    """Changes an index folder, compacts it, and changes it again."""
-    live = LocalCorpus(folder)
-    change(live)
-    live.compact(lambda *_: None, threading.Event())
-    live.delete(Delete("", "d", [("doc-5", "")]))
-    live.close()
-    return folder
 
 
 @pytest.mark.parametrize("name", FILES)
