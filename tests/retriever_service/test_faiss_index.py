@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from retriever_service.errors import BuildError, DamagedIndexError, InvalidSearchParametersError
+from retriever_service.index import faiss_index
 from retriever_service.index.faiss_index import (
     FaissBuilder,
     FaissIndex,
@@ -177,12 +178,11 @@ def test_multiplied_batch_has_the_rows_that_its_questions_have_alone(
 
 
 def test_few_threads_multiply_small_batches_and_many_leave_it_to_faiss(faiss_settings: Any) -> None:
-    own = faiss_settings.distance_compute_blas_threshold
     for threads, questions in ((1, 8), (2, 16), (8, 64)):
         multiply_batches(threads)
         assert faiss_settings.distance_compute_blas_threshold == questions * 384
     multiply_batches(128)
-    assert faiss_settings.distance_compute_blas_threshold == own
+    assert faiss_settings.distance_compute_blas_threshold == faiss_index._FAISS_MULTIPLIES_FROM
     assert (
         faiss_settings.distance_compute_blas_query_bs * faiss_settings.distance_compute_blas_database_bs
         == 4096 * 1024
