@@ -54,10 +54,9 @@ def measure_direct(
 
 
 def _direct(name: str, search: Callable[[Floats], object], questions: Floats, seconds: float) -> Direct:
-    batches = {
-        size: _timed(search, questions, min(size * CLIENTS, len(questions)), seconds)[0]
-        for size in (1, *QUESTIONS_A_REQUEST)
-    }
+    batch_of = {size: min(size * CLIENTS, len(questions)) for size in (1, *QUESTIONS_A_REQUEST)}
+    found = {batch: _timed(search, questions, batch, seconds)[0] for batch in set(batch_of.values())}
+    batches = {size: found[batch] for size, batch in batch_of.items()}
     return Direct(name, batches, _timed(search, questions, 1, seconds)[1])
 
 
