@@ -13,6 +13,7 @@ from retriever_service.corpus.base import Corpus, CorpusLibrary, Delete, Deleted
 from retriever_service.errors import BuildError, NoPassageEncoderError, ReadOnlyError
 from retriever_service.generations import Generations, Served
 from retriever_service.index.manifest import Embedding, Manifest
+from retriever_service.niceness import give_way
 from retriever_service.operations import Operation, Operations
 from retriever_service.retriever import Retriever
 from retriever_service.types import Float32Array
@@ -60,7 +61,7 @@ class Maintenance:
         self._encoder = encoder
         self._compact_after = compact_after
         self._changing = asyncio.Lock()
-        self._changes = ThreadPoolExecutor(1, "changes")
+        self._changes = ThreadPoolExecutor(1, "changes", initializer=give_way)
         self._encoding = ThreadPoolExecutor(1, "encode")
         self._compaction_failed_at = -1
         self.operations: Operations[Served] = Operations()

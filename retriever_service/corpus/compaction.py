@@ -1,8 +1,6 @@
 """From the corpus as SQLite holds it to a new snapshot in its folder."""
 
 import datetime as dt
-import os
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +13,13 @@ from retriever_service.errors import BuildError, CompactionError
 from retriever_service.index import snapshot
 from retriever_service.index.faiss_index import FaissBuilder
 from retriever_service.index.manifest import Manifest
+from retriever_service.niceness import give_way
 from retriever_service.store.live import LiveStore
 from retriever_service.types import Float32Array, Int64Array
 
-_VECTORS_PER_CHUNK = 4096
+# Few: searches wait for the interpreter while Python takes them apart.
+_VECTORS_PER_CHUNK = 1000
 _TRAINING_SEED = 0
-_NICENESS = 10
 
 
 def write_snapshot(
@@ -45,7 +44,7 @@ def write_snapshot(
     try:
         with snapshot.compacting(root) as work:
             index_file = work / snapshot.INDEX_FILE
-            with ThreadPoolExecutor(1, "compact", initializer=_give_way) as thread:
+            with ThreadPoolExecutor(1, "compact", initializer=give_way) as thread:
                 thread.submit(
                     _write_index, store, rows, serving, index_file, knobs, progress, cancelled
                 ).result()
@@ -68,12 +67,6 @@ def write_snapshot(
             return snapshot.publish(work, root, manifest, keep=keep)
     except BuildError as error:
         raise CompactionError(error.message) from error
-
-
-def _give_way() -> None:
-    """Lets searches go first where cores are short: this thread, and those that faiss makes for it."""
-    if sys.platform == "linux":  # elsewhere niceness is the whole process's
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _write_index(
