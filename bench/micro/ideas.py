@@ -170,12 +170,18 @@ IDEAS = (
         strategies=(Strategy.RAG_SEQUENCE,),
     ),
     Idea(
+        "candidates not scored again where a search has found them",
+        off=lambda: patch.object(Request, "search_scores", new=False),
+        strategies=(Strategy.RAG_SEQUENCE,),
+    ),
+    Idea(
         "first step with one row a context",
         off=lambda: patch.object(Search, "rows", property(lambda search: search.key.width)),
     ),
     Idea(
         "no head and no last step for forced tokens",
         off=lambda: patch.object(logits_processors, "forced_token", lambda _settings, _cur_len: None),
+        strategies=(Strategy.RAG_TOKEN,),
     ),
     Idea(
         "weights laid out once",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,32 +32,27 @@ class PrefixTree:
 
 def build_tree(candidates: Sequence[Sequence[int]], device: torch.device) -> PrefixTree:
     """The tree of candidates, each a list of token ids with the start token first."""
-    rows: dict[tuple[int, ...], int] = {}
+    rows: dict[tuple[int, int], int] = {}
     edges: dict[tuple[int, int], int] = {}
-    parents: list[int] = []
+    above: list[list[int]] = []  # of each row, its ancestors and itself
     tokens: list[int] = []
-    positions: list[int] = []
     paths: list[list[int]] = []
     for candidate in candidates:
-        path, parent = [], -1
-        for position in range(len(candidate) - 1):
-            prefix = tuple(candidate[: position + 1])
-            if prefix not in rows:
-                rows[prefix] = len(tokens)
-                tokens.append(candidate[position])
-                positions.append(position)
-                parents.append(parent)
-            parent = rows[prefix]
-            path.append(edges.setdefault((parent, candidate[position + 1]), len(edges)))
+        path, row = [], -1
+        for token, following in itertools.pairwise(candidate):
+            parent, row = row, rows.setdefault((row, token), len(tokens))
+            if row == len(tokens):
+                tokens.append(token)
+                above.append([*(above[parent] if parent >= 0 else []), row])
+            path.append(edges.setdefault((row, following), len(edges)))
         paths.append(path)
-    ancestry = torch.eye(len(tokens), dtype=torch.bool)
-    for row, above in enumerate(parents):
-        if above >= 0:
-            ancestry[row] |= ancestry[above]
+    ancestry = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    lengths = torch.tensor([len(a) for a in above], dtype=torch.int64)
+    ancestry[torch.repeat_interleave(lengths), list(itertools.chain.from_iterable(above))] = True
 
     return PrefixTree(
         token_ids=to_device(tokens, torch.int64, device),
-        positions=to_device(positions, torch.int64, device),
+        positions=to_device(lengths - 1, torch.int64, device),
         ancestry=to_device(ancestry, torch.bool, device),
         edge_rows=torch.tensor([row for row, _ in edges], dtype=torch.int64),
         edge_tokens=torch.tensor([token for _, token in edges], dtype=torch.int64),
@@ -84,26 +80,24 @@ class CandidateScores:
 
 
 def score_candidates(
-    edge_log_probs: Tensor,
-    paths: Sequence[Sequence[int]],
+    token_log_probs: Sequence[Tensor],
     candidates: Sequence[Sequence[int]],
     log_prior: Tensor,
     rules: ScoringRules,
 ) -> CandidateScores:
-    """Marginalise candidates over documents.
+    """Marginalise candidates, each with its start token, over documents.
 
-    edge_log_probs float32 [n_docs, edges] of a PrefixTree, paths of its candidates, log_prior [n_docs]; on the host.
+    token_log_probs float32 [n_docs, tokens after the start token] of each candidate, log_prior [n_docs]; on the host.
     """
     whole, kept, has_prior = [], [], []
     hf = rules.compatibility is Compatibility.HF
     starts_with_bos = [len(c) > 1 and c[1] == rules.bos_token_id for c in candidates]
-    for path, candidate, bos in zip(paths, candidates, starts_with_bos, strict=True):
+    for log_probs, candidate, bos in zip(token_log_probs, candidates, starts_with_bos, strict=True):
         # a pad among the targets does not count, as in get_nll
-        edges = [e for e, token in zip(path, candidate[1:], strict=True) if token != rules.pad_token_id]
+        counted = log_probs[:, [token != rules.pad_token_id for token in candidate[1:]]]
         skip = rules.exclude_bos_score and (all(starts_with_bos) if hf else bos)
-        counted = edges[1:] if skip else edges
-        whole.append(edge_log_probs[:, edges].sum(1))
-        kept.append(edge_log_probs[:, counted].sum(1))
+        whole.append(counted.sum(1))
+        kept.append(counted[:, 1:].sum(1) if skip else whole[-1])
         has_prior.append(not hf or (len(candidate) > 2 and candidate[2] != rules.pad_token_id))
     documents = torch.stack(whole)  # [candidates, n_docs]
     counts = torch.tensor(has_prior)[:, None]

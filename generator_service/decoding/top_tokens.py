@@ -73,6 +73,19 @@ def logsumexp(logits: Tensor) -> Tensor:
     return top_kernels.logsumexp(logits)
 
 
+def likeliest(logits: Tensor, keep: int, banned: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The keep highest logits of each row [rows, vocab] and their ids, but banned tokens': minus infinity.
+
+    Banned tokens are taken out of a few more, so that nothing is written over the vocabulary.
+    """
+    values, ids = logits.topk(min(keep + len(banned), logits.shape[1]), dim=-1)
+    if not banned:
+        return values, ids
+    is_banned = torch.isin(ids, to_device(banned, torch.int64, ids.device))
+    values, order = values.masked_fill(is_banned, float("-inf")).topk(min(keep, logits.shape[1]), dim=-1)
+    return values, ids.gather(1, order)
+
+
 def best_tokens(
     logits: Tensor, lse: Tensor, priors: Tensor | None, picks: Picks, keep: int, num_out: int
 ) -> tuple[Tensor, Tensor]:

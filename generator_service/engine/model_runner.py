@@ -14,7 +14,7 @@ from torch import Tensor
 
 from generator_service.decoding import marginalize, top_tokens
 from generator_service.decoding.targets import TargetLogProbs
-from generator_service.engine import scoring, tracing
+from generator_service.engine import scoring, tracing, tree_scoring
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, Progress, ScoreTarget
 from generator_service.engine.pass_messages import ForwardPass, PassDone, QuestionPass
 from generator_service.engine.pass_runner import PassRefusedError, PassRunner
@@ -23,6 +23,7 @@ from generator_service.engine.request import Request
 from generator_service.engine.scheduler import Schedule
 from generator_service.engine.search import FoundHypothesis, PoolKey, Search
 from generator_service.engine.search_pool import SearchPool, hypotheses_of
+from generator_service.engine.tree_scoring import TreeScoring
 from generator_service.model.backbone import Backbone, RowBatch, RowBlock
 from generator_service.model.kv_cache import ContextStates
 from generator_service.model.paged.arena import ArenaFullError
@@ -210,7 +211,8 @@ class ModelRunner:
         started = time.perf_counter()
         pools = [(pool, pool.blocks()) for pool in self._pools.values()]
         given, self._given = self._given, []
-        blocks = [b for _, found in pools for b in found if b is not None] + [g.block for g in given]
+        blocks = [b for _, found in pools for b in found if b is not None]
+        blocks += [b for item in given for b in _blocks(item)]
         if blocks:
             states = self.backbone.decode(RowBatch(blocks))
             parts = iter(torch.split(states, [b.num_rows for b in blocks]))
@@ -220,7 +222,7 @@ class ModelRunner:
         for pool, found in pools:
             pool.advance(self._step_scores(pool, found, [next(parts) for b in found if b is not None]))
             outcome.tokens += sum(s.key.width for s in pool.searches)
-        reduced = [self._reduced(item, next(parts)) for item in given]
+        reduced = self._reduced(given, [[next(parts) for _ in _blocks(item)] for item in given])
         scored = time.perf_counter()
         # the one reading of the device in a step where nothing finishes
         on_host = to_host([pool.news() for pool, _ in pools] + reduced)
@@ -232,17 +234,27 @@ class ModelRunner:
         outcome.part_s["score"] += scored - decoded
         outcome.part_s["output"] += time.perf_counter() - scored
 
-    def _reduced(self, item: _Given, states: Tensor) -> list[Tensor]:
-        """What the host must know of given tokens; states are the decoder's for their block."""
-        if isinstance(item, scoring.TargetScoring):
-            return scoring.reduce_target(item, states, self.backbone).tensors()
-        return [scoring.edge_log_probs(item.tree, len(item.block.contexts), states, self.backbone)]
+    def _reduced(self, given: Sequence[_Given], states: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """What the host must know of given tokens; states are the decoder's for their blocks."""
+        trees = list[TreeScoring]()
+        tree_states = list[Tensor]()
+        for item, own in zip(given, states, strict=True):
+            if not isinstance(item, scoring.TargetScoring):
+                trees += _tree_scorings(item)
+                tree_states += own
+        edges = iter(tree_scoring.edge_log_probs(trees, tree_states, self.backbone))
+        return [
+            scoring.reduce_target(item, own[0], self.backbone).tensors()
+            if isinstance(item, scoring.TargetScoring)
+            else [next(edges) for _ in own]
+            for item, own in zip(given, states, strict=True)
+        ]
 
     def _finish_given(self, item: _Given, reduced: list[Tensor], outcome: StepOutcome) -> None:
         """Score, trace or answer; reduced is _reduced's on the host."""
         request, prior = item.request, self._questions[item.request.request_id].log_prior
         if isinstance(item, scoring.CandidateScoring):
-            self._answer(request, scoring.finish_candidates(item, reduced[0], prior), outcome)
+            self._answer(request, scoring.finish_candidates(item, reduced, prior), outcome)
             return
         if isinstance(item, scoring.TargetScoring):
             found = TargetLogProbs(*reduced)
@@ -255,13 +267,13 @@ class ModelRunner:
     def _step_scores(
         self, pool: SearchPool, blocks: Sequence[RowBlock | None], states: Sequence[Tensor]
     ) -> PoolScores:
-        """Scores over the vocabulary for the searches whose next token is not forced: one head for all."""
+        """Scores over the vocabulary for the searches that want them: one head for all."""
         rows: list[Tensor] = []
         first: list[int | None] = []
         end, per_block = 0, iter(states)
         for search, block in zip(pool.searches, blocks, strict=True):
             own = None if block is None else next(per_block)
-            if own is None or search.forced_token is not None:
+            if own is None or not search.wants_scores:
                 first.append(None)
                 continue
             rows.append(own)
@@ -305,10 +317,13 @@ class ModelRunner:
         if scoring.is_fast(work):
             self._answer(request, scoring.fast_hypotheses(work, by_document, question.log_prior), outcome)
             return
-        candidates = scoring.candidates_of(work, by_document)
-        self._given.append(
-            scoring.start_candidates(request, candidates, question.contexts, self.backbone, self.device)
+        candidates = scoring.start_candidates(
+            request, by_document, question.contexts, self.backbone, self.device
         )
+        if candidates.missing:
+            self._given.append(candidates)
+        else:
+            self._answer(request, scoring.finish_candidates(candidates, [], question.log_prior), outcome)
 
     def _answer(self, request: Request, hypotheses: list[Hypothesis], outcome: StepOutcome) -> None:
         assert isinstance(request.work, GenerateAnswer)
@@ -324,3 +339,19 @@ class ModelRunner:
 
     def _ids(self, token_ids: list[int]) -> Tensor:
         return to_device(token_ids, torch.int64, self.device)
+
+
+def _tree_scorings(item: _Given) -> list[TreeScoring]:
+    match item:
+        case scoring.CandidateScoring():
+            return [part.scoring for part in item.missing]
+        case tracing.Tracing():
+            return [item.scoring]
+        case scoring.TargetScoring():
+            return []
+
+
+def _blocks(item: _Given) -> list[RowBlock]:
+    return (
+        [item.block] if isinstance(item, scoring.TargetScoring) else [s.block for s in _tree_scorings(item)]
+    )

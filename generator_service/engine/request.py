@@ -8,7 +8,7 @@ from enum import Enum, auto
 
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, ScoreTarget, Work
 from generator_service.engine.pass_messages import ForwardPass, QuestionPass
-from generator_service.types import Compatibility, Strategy
+from generator_service.types import Compatibility, SequenceDecoding, Strategy
 
 
 class RequestState(Enum):
@@ -101,6 +101,17 @@ class Request:
             and work.compatibility is Compatibility.HF
             and work.padded_contexts is not None
             and any(len(p) > len(c) for p, c in zip(work.padded_contexts, work.contexts, strict=True))
+        )
+
+    @property
+    def search_scores(self) -> bool:
+        """Whether a candidate's log-probabilities in its own search are its scores under that document."""
+        work = self.work
+        return (
+            isinstance(work, GenerateAnswer)
+            and work.strategy is Strategy.RAG_SEQUENCE
+            and work.sequence_decoding is SequenceDecoding.THOROUGH
+            and not self.attends_pads
         )
 
     @property

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 import torch
 from torch import Tensor
 
-from generator_service.decoding import marginalize, rag_sequence, targets, top_tokens
-from generator_service.engine import trace
+from generator_service.decoding import marginalize, rag_sequence, targets
+from generator_service.engine import trace, tree_scoring
 from generator_service.engine.messages import GenerateAnswer, ScoreTarget
 from generator_service.engine.request import Request
 from generator_service.engine.search import FoundHypothesis
+from generator_service.engine.tree_scoring import TreeScoring
 from generator_service.model.backbone import Backbone, RowBlock
 from generator_service.model.cross_attention_scores import CrossAttentionScores
 from generator_service.model.kv_cache import ContextStates
 from generator_service.transfers import to_device
 from generator_service.types import Compatibility, Hypothesis, QuestionScore, SequenceDecoding
 
-_ROWS_A_CHUNK = 256
-"""Rows whose scores over the vocabulary are held at once."""
+
+@dataclass
+class CandidatesOfDocuments:
+    """Candidates, by index, that are scored under the same documents."""
+
+    documents: list[int]
+    candidates: list[int]
+    scoring: TreeScoring
 
 
 @dataclass
 class CandidateScoring:
-    """RAG-Sequence's candidates of one question, waiting for their step."""
+    """RAG-Sequence's candidates of one question, waiting for their step.
+
+    log_probs float32 [n_docs, tokens] of each candidate, on the host: set where a document's own search has found it,
+    and to be set for what is in missing.
+    """
 
     request: Request
     candidates: list[list[int]]
-    tree: rag_sequence.PrefixTree
-    block: RowBlock
+    log_probs: list[Tensor]
+    missing: list[CandidatesOfDocuments]
 
 
 @dataclass
@@ -61,24 +72,38 @@ def candidates_of(work: GenerateAnswer, found: Sequence[Sequence[FoundHypothesis
 
 def start_candidates(
     request: Request,
-    candidates: list[list[int]],
+    found: Sequence[Sequence[FoundHypothesis]],
     contexts: Sequence[ContextStates],
     backbone: Backbone,
     device: torch.device,
 ) -> CandidateScoring:
-    """Lay the candidates out as rows over all the question's contexts."""
-    tree, block = tree_block(candidates, contexts, backbone, device)
-    return CandidateScoring(request, candidates, tree, block)
-
-
-def tree_block(
-    candidates: list[list[int]], contexts: Sequence[ContextStates], backbone: Backbone, device: torch.device
-) -> tuple[rag_sequence.PrefixTree, RowBlock]:
-    """Token sequences as one prefix tree, and its rows over all contexts."""
-    tree = rag_sequence.build_tree(candidates, device)
-    cache = backbone.new_cache(len(contexts))
-    cache.append(tree.token_ids, tree.positions)
-    return tree, RowBlock(tree.token_ids, tree.positions, contexts, cache, tree.ancestry)
+    """Lay the candidates out as rows over the contexts whose own searches do not know them; found is by document."""
+    assert isinstance(request.work, GenerateAnswer)
+    candidates = candidates_of(request.work, found)
+    log_probs = [torch.zeros(len(contexts), len(c) - 1) for c in candidates]
+    documents_of = defaultdict[tuple[int, ...], list[int]](list)
+    for document, hypotheses in enumerate(found):
+        known = {tuple(h.token_ids): h.token_log_probs[:, 0] for h in hypotheses}
+        missing = []
+        for index, candidate in enumerate(candidates):
+            own = known.get(tuple(candidate)) if request.search_scores else None
+            if own is None:
+                missing.append(index)
+            else:
+                log_probs[index][document] = own
+        if missing:
+            documents_of[tuple(missing)].append(document)
+    laid_out = [
+        CandidatesOfDocuments(
+            documents,
+            list(which),
+            tree_scoring.lay_out(
+                [candidates[i] for i in which], [contexts[d] for d in documents], backbone, device
+            ),
+        )
+        for which, documents in documents_of.items()
+    ]
+    return CandidateScoring(request, candidates, log_probs, laid_out)
 
 
 def start_target(
@@ -99,14 +124,19 @@ def start_target(
     return TargetScoring(request, labels, log_prior, block)
 
 
-def finish_candidates(scoring: CandidateScoring, edges: Tensor, log_prior: Tensor) -> list[Hypothesis]:
-    """Answers, best first; edges are edge_log_probs of the scoring's block, on the host as log_prior."""
+def finish_candidates(
+    scoring: CandidateScoring, edges: Sequence[Tensor], log_prior: Tensor
+) -> list[Hypothesis]:
+    """Answers, best first; edges are tree_scoring.edge_log_probs of what is missing, on the host as log_prior."""
     work = scoring.request.work
     assert isinstance(work, GenerateAnswer)
+    for part, of_documents in zip(scoring.missing, edges, strict=True):
+        for index, path in zip(part.candidates, part.scoring.tree.paths, strict=True):
+            scoring.log_probs[index][part.documents] = of_documents[:, path]
     rules = rag_sequence.ScoringRules(
         work.compatibility, work.exclude_bos_score, work.settings.bos_token_id, work.settings.pad_token_id
     )
-    scores = rag_sequence.score_candidates(edges, scoring.tree.paths, scoring.candidates, log_prior, rules)
+    scores = rag_sequence.score_candidates(scoring.log_probs, scoring.candidates, log_prior, rules)
     return ranked(scoring.candidates, scores, work.settings.num_return_sequences)
 
 
@@ -189,26 +219,3 @@ def finish_target(
         return score
     traced = trace.trace_target(found.by_document, scoring.block, log_prior, work)
     return msgspec.structs.replace(score, trace=traced)
-
-
-def edge_log_probs(tree: rag_sequence.PrefixTree, n_docs: int, states: Tensor, backbone: Backbone) -> Tensor:
-    """float32 [n_docs, edges]: log p(next token | prefix, document), on the states' device."""
-    num_rows, num_edges = int(tree.token_ids.shape[0]), int(tree.edge_rows.shape[0])
-    rows = (torch.arange(n_docs)[:, None] * num_rows + tree.edge_rows).flatten()
-    rows, order = rows.sort(stable=True)
-    tokens = tree.edge_tokens.repeat(n_docs)[order]
-    ends = torch.searchsorted(rows, torch.arange(0, states.shape[0] + _ROWS_A_CHUNK, _ROWS_A_CHUNK)).tolist()
-    sent = to_device(torch.stack([rows, tokens, order.argsort()]), torch.int64, states.device)
-    found = []
-    for (start, logits, lse), (low, high) in zip(
-        _chunks(states, backbone), itertools.pairwise(ends), strict=True
-    ):
-        local = sent[0, low:high] - start
-        found.append(logits[local, sent[1, low:high]] - lse[local])
-    return torch.cat(found)[sent[2]].view(n_docs, num_edges)
-
-
-def _chunks(states: Tensor, backbone: Backbone) -> Iterator[tuple[int, Tensor, Tensor]]:
-    for start in range(0, states.shape[0], _ROWS_A_CHUNK):
-        logits = backbone.logits(states[start : start + _ROWS_A_CHUNK])
-        yield start, logits, top_tokens.logsumexp(logits)

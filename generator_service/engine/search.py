@@ -31,7 +31,8 @@ class PoolKey(NamedTuple):
 class FoundHypothesis:
     """A hypothesis of a finished search: token ids with the start token, no pads.
 
-    token_log_probs float32 [tokens generated, docs] on the host: zeros where the token was forced.
+    token_log_probs float32 [tokens generated, docs] on the host, no processor applied: zeros where the token was
+    forced, unless they score candidates (Request.search_scores).
     """
 
     token_ids: list[int]
@@ -80,9 +81,14 @@ class Search:
         return logits_processors.forced_token(self.settings, self.cur_len)
 
     @property
+    def wants_scores(self) -> bool:
+        """Whether log-probabilities of the next token are asked for; of a forced one, where they score candidates."""
+        return self.forced_token is None or self.request.search_scores
+
+    @property
     def ends_forced(self) -> bool:
         """Whether the next token is known and the last, so that nothing need be computed."""
-        return self.forced_token is not None and self.cur_len == self.settings.max_length - 1
+        return not self.wants_scores and self.cur_len == self.settings.max_length - 1
 
     @cached_property
     def processors(self) -> list[logits_processors.Processor]:
@@ -153,8 +159,3 @@ class Search:
     def banned_tokens(self) -> tuple[int, ...] | None:
         """The tokens that may not come next, where the likeliest others simply follow; else None."""
         return logits_processors.banned_tokens(self.settings, self.cur_len)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the best tokens are simply the likeliest ones."""
-        return not self.processors and not self.warpers and self.random is None

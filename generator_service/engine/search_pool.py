@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from generator_service.decoding import beam, certainty, chains, marginalize, sampling
+from generator_service.decoding import beam, certainty, chains, marginalize, sampling, top_tokens
 from generator_service.engine.messages import Progress
 from generator_service.engine.pool_scores import PoolScores, StepScores
 from generator_service.engine.search import FoundHypothesis, PoolKey, Search
@@ -137,7 +136,7 @@ class SearchPool:
             top_log_probs, top_ids, state.running_scores, self.key.keep
         )
         for i, search in enumerate(self.searches):
-            if search.random is not None and pool.first[i] is not None:
+            if search.random is not None and search.forced_token is None:
                 best[i], parents[i], tokens[i] = self._drawn(i, pool.of(i), state)
         history = pool.token_log_probs(parents, tokens)
         self._beams, live_parents = beam.advance(state, best, parents, tokens, history)
@@ -167,15 +166,17 @@ class SearchPool:
 
     def _top_tokens(self, search: Search, scores: StepScores, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The best continuations of each row: log-probabilities and token ids, each [rows, k]."""
-        if scores.logits is None or scores.lse is None:
-            forced = input_ids.new_full((search.rows, 1), cast(int, search.forced_token))
+        if search.forced_token is not None:
+            forced = input_ids.new_full((search.rows, 1), search.forced_token)
             return torch.zeros(forced.shape, device=input_ids.device), forced
+        assert scores.logits is not None
+        assert scores.lse is not None
         keep = min(self.key.keep, scores.logits.shape[-1])
         if search.random is not None:  # its continuations are drawn, these only hold their place
             place = torch.zeros((search.rows, keep), dtype=torch.int64, device=input_ids.device)
             return place.float(), place
-        if search.is_plain and self.key.num_docs == 1:
-            values, ids = scores.logits[0].topk(keep, dim=-1)
+        if self.key.num_docs == 1 and search.banned_tokens is not None:
+            values, ids = top_tokens.likeliest(scores.logits[0], keep, search.banned_tokens)
             return values - scores.lse[0][:, None], ids
         mixture = search.processed(self._mixture(search, scores), input_ids)
         values, ids = mixture.topk(keep, dim=-1)
@@ -226,8 +227,9 @@ class SearchPool:
 
     def _next_tokens(self, search: Search, scores: StepScores, input_ids: Tensor) -> Tensor:
         """int64 [chains]."""
-        if scores.logits is None:
-            return torch.full((self.key.width,), cast(int, search.forced_token), device=input_ids.device)
+        if search.forced_token is not None:
+            return torch.full((self.key.width,), search.forced_token, device=input_ids.device)
+        assert scores.logits is not None
         # transformers processes RAG-Sequence's raw logits here, but RAG-Token's log-probabilities, mixed or not
         mixed = self._mixture(search, scores) if search.is_rag_token else scores.logits[0]
         processed = search.processed(mixed, input_ids)

@@ -9,11 +9,12 @@ import msgspec
 import torch
 from torch import Tensor
 
-from generator_service.decoding import logits_processors, rag_sequence
-from generator_service.engine import scoring, trace
+from generator_service.decoding import logits_processors
+from generator_service.engine import trace, tree_scoring
 from generator_service.engine.messages import GenerateAnswer
 from generator_service.engine.request import Request
-from generator_service.model.backbone import Backbone, RowBlock
+from generator_service.engine.tree_scoring import TreeScoring
+from generator_service.model.backbone import Backbone
 from generator_service.model.cross_attention_scores import CrossAttentionScores
 from generator_service.model.kv_cache import ContextStates
 from generator_service.types import Hypothesis, Strategy
@@ -25,8 +26,7 @@ class Tracing:
 
     request: Request
     hypotheses: list[Hypothesis]
-    tree: rag_sequence.PrefixTree
-    block: RowBlock
+    scoring: TreeScoring
 
 
 def start(
@@ -37,21 +37,21 @@ def start(
     device: torch.device,
 ) -> Tracing:
     """Teacher-forces the answers on the contexts that the question still holds: nothing is encoded again."""
-    tree, block = scoring.tree_block([h.token_ids for h in hypotheses], contexts, backbone, device)
-    block.cross_attention = CrossAttentionScores(len(contexts))
-    return Tracing(request, hypotheses, tree, block)
+    scoring = tree_scoring.lay_out([h.token_ids for h in hypotheses], contexts, backbone, device)
+    scoring.block.cross_attention = CrossAttentionScores(len(contexts))
+    return Tracing(request, hypotheses, scoring)
 
 
 def finish(tracing: Tracing, edges: Tensor, log_prior: Tensor) -> list[Hypothesis]:
-    """The answers with their traces; edges are scoring.edge_log_probs of the block, on the host as log_prior."""
+    """The answers with their traces; edges are tree_scoring.edge_log_probs of its tree, on the host as log_prior."""
     work = tracing.request.work
     assert isinstance(work, GenerateAnswer)
-    traced = []
-    for hypothesis, path in zip(tracing.hypotheses, tracing.tree.paths, strict=True):
+    traced, tree = [], tracing.scoring.tree
+    for hypothesis, path in zip(tracing.hypotheses, tree.paths, strict=True):
         counted = torch.tensor(_counted(work, hypothesis.token_ids))
         log_probs = edges[:, path].T.masked_fill(~counted[:, None], 0.0)  # [tokens, n_docs]
-        rows = [int(tracing.tree.edge_rows[edge]) for edge in path]
-        found = trace.trace_of(log_probs, log_prior, work.strategy, tracing.block, rows)
+        rows = [int(tree.edge_rows[edge]) for edge in path]
+        found = trace.trace_of(log_probs, log_prior, work.strategy, tracing.scoring.block, rows)
         traced.append(msgspec.structs.replace(hypothesis, trace=found))
     return traced
 

@@ -16,7 +16,8 @@ from generator_service.model.paged.backbone import PagedBackbone, paged
 from generator_service.types import Compatibility, Hypothesis, Strategy
 
 SHAPE = Shape(n_docs=3, context_length=20, num_beams=3, answer_length=5)
-TREE, FIRST_STEP, FORCED = "candidates as a prefix tree", "first step with", "no head and no last step"
+TREE, KNOWN = "candidates as a prefix tree", "candidates not scored again"
+FIRST_STEP, FORCED = "first step with", "no head and no last step"
 
 
 @pytest.fixture
@@ -78,16 +79,16 @@ def test_each_idea_that_saves_rows_does(model: Any, monkeypatch: pytest.MonkeyPa
     )
     _watch(monkeypatch, backbone, "logits", lambda states: headed.append(states.shape[0]))
 
-    def rows(idea: Idea) -> tuple[int, int]:
+    def rows(idea: Idea, strategy: Strategy) -> tuple[int, int]:
         decoded.clear()
         headed.clear()
-        answers(ablation.without(idea, model, SHAPE), idea, model, Strategy.RAG_SEQUENCE)
+        answers(ablation.without(idea, model, SHAPE), idea, model, strategy)
         return sum(decoded), sum(headed)
 
-    whole = rows(Idea("none is off"))
-    for name in (TREE, FIRST_STEP, FORCED):
+    for name in (TREE, KNOWN, FIRST_STEP, FORCED):
         idea = next(i for i in IDEAS if i.name.startswith(name))
-        without = rows(idea)
+        strategy = idea.strategies[-1]
+        whole, without = rows(Idea("none is off"), strategy), rows(idea, strategy)
         assert without[0] > whole[0], name
         if name != FIRST_STEP:  # its token is forced: there is no head to save
             assert without[1] > whole[1], name

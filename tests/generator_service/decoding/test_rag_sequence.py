@@ -46,7 +46,8 @@ def scored(
 ) -> tuple[rag_sequence.CandidateScores, torch.Tensor, rag_sequence.PrefixTree]:
     tree = rag_sequence.build_tree(candidates, CPU)
     edges = -torch.rand(2, len(tree.edge_tokens), generator=torch.Generator().manual_seed(0)) - 0.1
-    return rag_sequence.score_candidates(edges, tree.paths, candidates, PRIOR, applied), edges, tree
+    log_probs = [edges[:, path] for path in tree.paths]
+    return rag_sequence.score_candidates(log_probs, candidates, PRIOR, applied), edges, tree
 
 
 def marginal(edges: torch.Tensor, prior: torch.Tensor = PRIOR) -> float:
