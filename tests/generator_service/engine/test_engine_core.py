@@ -12,7 +12,7 @@ import torch
 from generator_service.engine import messages
 from generator_service.engine.engine_core import EngineCore
 from generator_service.engine.messages import Failed, GenerateAnswer, Generated, Report
-from generator_service.engine.model_runner import ModelRunner
+from generator_service.engine.model_runner import ModelRunner, _blocks
 from generator_service.engine.scheduler import SchedulerLimits
 from generator_service.types import Compatibility, GenerationSettings, SequenceDecoding, Strategy
 from tests.parity.tiny_models import tiny_rag
@@ -136,11 +136,15 @@ def test_candidates_of_one_question_are_scored_in_a_step_that_decodes_another(
     settings = msgspec.structs.replace(work(1).settings, max_length=20, min_length=20)
     engine.add_request(work(1, strategy=Strategy.RAG_TOKEN, settings=settings))
     engine.add_request(
-        work(2, settings=msgspec.structs.replace(settings, max_length=4, min_length=4), contexts=[[7, 8]] * 2)
+        work(
+            2,
+            settings=msgspec.structs.replace(settings, max_length=4, min_length=4),
+            contexts=[[7, 8], [9, 10, 11]],
+        )
     )
     together = 0
     while engine.has_work():
-        scoring = [item.block for item in engine._runner._given]
+        scoring = [block for item in engine._runner._given for block in _blocks(item)]
         before = len(steps)
         engine.step()
         assert len(steps) == before + 1
