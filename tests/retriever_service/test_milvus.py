@@ -142,7 +142,7 @@ def test_limits_of_milvus_are_refused_by_field(milvus: MilvusServer, name: str) 
 def test_an_import_that_cannot_end_leaves_nothing(
     milvus: MilvusServer, name: str, tmp_path: Path, build_corpus: Build
 ) -> None:
-    long = [{"key": "k", "text": "x" * 70_000, "embedding": [0.0] * DIM}]
+    long = [{"key": "k", "text": "x" * 70_000, "embedding": [1.0] + [0.0] * (DIM - 1)}]
     build_corpus(write_jsonl(tmp_path / "long.jsonl", long), tmp_path / "long")
     build_corpus(write_jsonl(tmp_path / "pq.jsonl", DOCUMENTS), tmp_path / "pq", kind="PQ4x4")
     cancelled = threading.Event()
