@@ -19,7 +19,7 @@ from rich.table import Table
 from bench.machine import describe
 from bench.retriever.changes import measure_changes
 from bench.retriever.direct import CLIENTS, QUESTIONS_A_REQUEST, Direct, measure_direct
-from bench.retriever.served import Load, Served, ask, requests, served
+from bench.retriever.served import Load, Served, ask, ask_each, requests, served
 from bench.retriever.workload import N_DOCS, Corpus, Floats, factory_strings, index, question_texts
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import Snapshot
@@ -93,6 +93,7 @@ def _search(case: Case, questions: Floats, bare: list[bytes], whole: list[bytes]
     case = replace(case, seconds=max(case.seconds, _ROUNDS * CLIENTS / baselines[-1].batches[1]))
     yield case.row("quality", f"recall@{N_DOCS}", recall(case.corpus, questions, found), "")
     with served(case.folder) as service:
+        ask_each(service.address, whole, clients=CLIENTS)
         yield from _throughput(case, service, baselines, bare, whole, "")
         yield from _several_a_request(case, service, baselines, questions)
         yield from _alone(case, service, baselines, bare, whole, found)
@@ -199,17 +200,24 @@ def _against_hugging_face(
     # Imported here: the rest of the benchmark needs neither datasets nor torch.
     from bench.retriever.hugging_face import retriever, searches_per_s  # noqa: PLC0415
 
-    theirs = searches_per_s(
-        retriever(case.corpus, case.folder, scratch), questions, texts, clients=CLIENTS, seconds=case.seconds
-    )
-    yield case.row("hugging face", f"RagRetriever, {CLIENTS} threads", theirs, "searches/s")
+    asked = {size: requests(questions, texts, contexts=True, size=size) for size in QUESTIONS_A_REQUEST}
+    asked = {1: whole} | asked
+    named = {size: "" if size == 1 else f", {size} questions a call" for size in asked}
+    theirs, made = {}, retriever(case.corpus, case.folder, scratch)
+    for size, each in named.items():
+        theirs[size] = searches_per_s(
+            made, questions, texts, clients=CLIENTS, seconds=case.seconds, size=size
+        )
+        yield case.row("hugging face", f"RagRetriever{each}, {CLIENTS} threads", theirs[size], "searches/s")
     for name, flags in (("with contexts", ()), ("with contexts, nothing cached", _UNCACHED)):
         with served(case.folder, *flags) as service:
-            ours = ask(service.address, whole, clients=CLIENTS, seconds=case.seconds).searches_per_s
-        yield case.row("hugging face", f"served {name}, {CLIENTS} clients", ours, "searches/s")
-        yield case.row(
-            "hugging face", f"served {name}, to RagRetriever", ours / theirs, "ratio", "at least 10"
-        )
+            ask_each(service.address, whole, clients=CLIENTS)
+            for size, each in named.items():
+                load = ask(service.address, asked[size], clients=CLIENTS, seconds=case.seconds)
+                ours, figure = size * load.searches_per_s, f"served {name}{each}"
+                yield case.row("hugging face", f"{figure}, {CLIENTS} clients", ours, "searches/s")
+                ratio = ours / theirs[size]
+                yield case.row("hugging face", f"{figure}, to RagRetriever", ratio, "ratio", "at least 10")
 
 
 def recall(corpus: Corpus, questions: Floats, found: np.ndarray) -> float:

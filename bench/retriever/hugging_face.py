@@ -40,14 +40,15 @@ def retriever(corpus: Corpus, index_folder: Path, folder: Path) -> Any:
 
 
 def searches_per_s(
-    retriever: Any, questions: Floats, texts: list[str], *, clients: int, seconds: float
+    retriever: Any, questions: Floats, texts: list[str], *, clients: int, seconds: float, size: int = 1
 ) -> float:
-    """Each client is a thread that asks, waits and asks again, as around a generator in one process.
+    """Each client is a thread that asks `size` questions, waits and asks again, as around a generator in one process.
 
     One lock around the call: the tokenizers of RagRetriever set truncation and padding on a backend that they
     share, which fails when two threads do it at once.
     """
-    ids = [retriever.question_encoder_tokenizer([text])["input_ids"] for text in texts]
+    starts = range(0, len(texts) - size + 1, size)
+    ids = [retriever.question_encoder_tokenizer(texts[start : start + size])["input_ids"] for start in starts]
     lock, ends_s = threading.Lock(), time.monotonic() + seconds
     answered = [0] * clients
 
@@ -55,8 +56,9 @@ def searches_per_s(
         position = number
         while time.monotonic() < ends_s:
             with lock:
-                retriever(ids[position % len(ids)], questions[position % len(ids)][None], return_tensors="np")
-            answered[number] += 1
+                start = starts[position % len(ids)]
+                retriever(ids[position % len(ids)], questions[start : start + size], return_tensors="np")
+            answered[number] += size
             position += clients
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]

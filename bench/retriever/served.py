@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,13 @@ def ask(address: str, asked: Sequence[bytes], *, clients: int, seconds: float, p
     The clients share a core with the service: they send and keep bytes, and read them once all is over.
     """
     return asyncio.run(ask_until(address, asked, clients, seconds, seconds / 5, pause_s))
+
+
+def ask_each(address: str, asked: Sequence[bytes], *, clients: int) -> None:
+    """Asks each question once, so that what the service keeps of documents it has read is there."""
+    with grpc.insecure_channel(address) as channel, ThreadPoolExecutor(clients) as pool:
+        for _ in pool.map(channel.unary_unary(_RETRIEVE), asked):
+            pass
 
 
 async def ask_until(

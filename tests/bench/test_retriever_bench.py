@@ -11,17 +11,22 @@ from bench.retriever import __main__ as program
 
 def test_every_part_gives_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows_file = tmp_path / "rows.jsonl"
-    flags = f"--docs 600 --dims 128 --kinds Flat --seconds 0.5 --folder {tmp_path} --json {rows_file}"
-    monkeypatch.setattr(sys, "argv", ["bench", *flags.split(), "--parts", "search", "start", "changes"])
+    flags = f"--docs 600 --dims 128 --kinds Flat --seconds 0.2 --folder {tmp_path} --json {rows_file}"
+    monkeypatch.setattr(sys, "argv", ["bench", *flags.split(), "--parts", *program.PARTS])
     program.main()
     rows = [json.loads(line) for line in rows_file.read_text("utf-8").splitlines()]
     figures = {row["figure"]: row["value"] for row in rows}
-    assert {row["part"] for row in rows} == {"throughput", "alone", "quality", "memory", "start", "changes"}
+    assert {row["part"] for row in rows} == {
+        *("throughput", "alone", "quality", "memory", "start", "hugging face", "changes")
+    }
     assert figures["recall@5"] == 1.0
     assert figures["served rows that are faiss's"] == 1.0
     for how in ("search only", "with contexts, 8 questions a request", "search only, 32 questions a request"):
         for baseline in ("faiss", "faiss set up as served"):
             assert figures[f"served, {how}, to {baseline}"] > 0
+    for each in ("", ", 8 questions a call", ", 32 questions a call"):
+        assert figures[f"RagRetriever{each}, 64 threads"] > 0
+        assert figures[f"served with contexts, nothing cached{each}, to RagRetriever"] > 0
     assert figures["durable upserts, batches of 100"] > 0
     assert figures["search while compacting, p99"] > 0
     assert all(row["hardware"] and "--docs 600" in row["command"] for row in rows)
