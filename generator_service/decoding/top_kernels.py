@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from generator_service.decoding.top_tokens import BANNED, Picks
+from generator_service.decoding.picks import BANNED, Picks
 
 SUM_TILE = 4096
 """Tokens that one program sums up."""

@@ -4,50 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from generator_service.decoding.picks import Picks
 from generator_service.transfers import to_device
 
-BANNED = 4
-"""Columns of Picks before the banned tokens."""
 MAX_BANNED = 16
 """Banned tokens of a row; more are the processors' work."""
 MAX_KEYS = 8192
 """Candidates that the kernels can put together for a row."""
 _ROWS_AT_ONCE = 64
 """Temporaries of a large vocabulary for more rows are memory that the CPU asks its system for anew in every call."""
-
-
-@dataclass(frozen=True)
-class Pick:
-    """A row whose best tokens are wanted, under all documents of its search.
-
-    first: its row of the logits under the first document, step: rows to that under the next; search: its row of the
-    priors; out: where its tokens go; banned: tokens that may not follow.
-    """
-
-    first: int
-    step: int
-    search: int
-    out: int
-    banned: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Picks:
-    """Picks as the kernels take them: int32 [picks, BANNED + most banned], -1 where there are fewer."""
-
-    table: Tensor
-
-    @classmethod
-    def of(cls, picks: Sequence[Pick], device: torch.device) -> Picks:
-        """On the device, without waiting for it."""
-        most = max(len(p.banned) for p in picks)
-        rows = [[p.first, p.step, p.search, p.out, *p.banned, *[-1] * (most - len(p.banned))] for p in picks]
-        return cls(to_device(rows, torch.int32, device))
 
 
 def has_kernels(device: torch.device) -> bool:

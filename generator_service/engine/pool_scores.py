@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from generator_service.decoding import top_tokens
+from generator_service.decoding.picks import Pick, Picks
 from generator_service.engine.search import PoolKey, Search
 from generator_service.transfers import to_device
 
@@ -67,7 +68,7 @@ class PoolScores:
                 continue
             found.add(index)
             picks += [
-                top_tokens.Pick(first + row, search.rows, index, index * self.key.width + row, banned)
+                Pick(first + row, search.rows, index, index * self.key.width + row, banned)
                 for row in range(search.rows)
             ]
         if not picks:
@@ -77,7 +78,7 @@ class PoolScores:
             self.lse,
             # one document is certain
             None if self.key.num_docs == 1 else torch.stack([s.log_prior for s in self.searches]),
-            top_tokens.Picks.of(picks, self.logits.device),
+            Picks.of(picks, self.logits.device),
             min(self.key.keep, self.logits.shape[1]),
             len(self.searches) * self.key.width,
         )

@@ -3,39 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from generator_service.model.paged.arena import PAGE_SLOTS
-
-TILE_ROWS = 16
-"""Rows that read a context's keys together: the fewest that a tensor core's product takes."""
-TILE_COLUMNS = 6
-"""Of a tile: first row, rows, then for CROSS and for SELF each: where its pages begin, and how many slots."""
-CROSS, SELF = 2, 4
-
-
-@dataclass(frozen=True)
-class Reads:
-    """Which slots each tile of rows attends to."""
-
-    tiles: Tensor  # int32 [tiles, TILE_COLUMNS]
-    column: int  # CROSS or SELF
-    pages: Tensor  # int32 [pages]
-    longest: int  # slots of the longest; only torch's attention needs it
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Self-attention's own: who sees whom, and T5's bias by distance."""
-
-    words: Tensor  # int32 [rows, words]
-    positions: Tensor  # int64 [rows]
-    slot_positions: Tensor  # int32 [slots]
-    bias: Tensor | None  # float32 [heads, distances]
+from generator_service.model.paged.reads import TILE_ROWS, Reads, Visible
 
 
 def attend(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from generator_service.model.backbone import RowBatch
 from generator_service.model.paged.arena import Arena
-from generator_service.model.paged.attend import TILE_COLUMNS
+from generator_service.model.paged.reads import TILE_COLUMNS
 from generator_service.model.paged.rows import Layout, PagedRows, ancestry_words, traced_rows
 from generator_service.transfers import to_device
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from generator_service.model.paged.arena import PAGE_SLOTS
-from generator_service.model.paged.attend import TILE_COLUMNS, TILE_ROWS, Reads, Visible
+from generator_service.model.paged.reads import TILE_COLUMNS, TILE_ROWS, Reads, Visible
 
 _BLOCK_SLOTS = 32
 """Slots a pass: one word of ancestry bits."""

@@ -13,7 +13,7 @@ from generator_service.model.backbone import RowBatch
 from generator_service.model.cross_attention_scores import CrossAttentionScores
 from generator_service.model.paged import attend
 from generator_service.model.paged.arena import PAGE_SLOTS, Arena, PagedCache, PagedStates
-from generator_service.model.paged.attend import CROSS, SELF, TILE_COLUMNS, TILE_ROWS
+from generator_service.model.paged.reads import CROSS, SELF, TILE_COLUMNS, TILE_ROWS, Reads, Visible
 from generator_service.transfers import to_device
 
 WORD_BITS = 32
@@ -126,13 +126,13 @@ class PagedRows(RowBatch):
         keys, values = self.arena.keys[layer], self.arena.values[layer]
         keys.index_copy_(0, self._slots, key)
         values.index_copy_(0, self._slots, value)
-        visible = attend.Visible(self.words, self.token_positions, self.arena.positions, self.bias)
-        reads = attend.Reads(self.tiles, SELF, self.pages, self.longest[1])
+        visible = Visible(self.words, self.token_positions, self.arena.positions, self.bias)
+        reads = Reads(self.tiles, SELF, self.pages, self.longest[1])
         return attend.attend(query, keys, values, reads, heads, scale=scale, visible=visible)
 
     def cross_attention(self, query: Tensor, layer: int, heads: int, *, scale: float | None) -> Tensor:
         """As attention.cross_attention: query [rows, inner] -> [rows, inner]."""
-        reads = attend.Reads(self.tiles, CROSS, self.pages, self.longest[0])
+        reads = Reads(self.tiles, CROSS, self.pages, self.longest[0])
         keys, values = self.arena.keys[layer], self.arena.values[layer]
         for wanted in self.traced:
             part = query[wanted.first : wanted.first + wanted.count].view(wanted.count, heads, -1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from generator_service.decoding import logits_processors, marginalize, top_tokens
-from generator_service.decoding.top_tokens import Pick, Picks
+from generator_service.decoding.picks import Pick, Picks
 from generator_service.engine.request import Request
 from generator_service.types import Hypothesis, Strategy
 from tests.parity import cases, engine

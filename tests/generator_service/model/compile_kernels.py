@@ -7,8 +7,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from generator_service.decoding import top_kernels
-from generator_service.decoding.top_tokens import BANNED
-from generator_service.model.paged import attend, kernels
+from generator_service.decoding.picks import BANNED
+from generator_service.model.paged import kernels, reads
+from generator_service.model.paged.arena import PAGE_SLOTS
 
 H100 = GPUTarget("cuda", 90, 32)
 STATES = ("query", "keys", "values", "out")
@@ -30,12 +31,12 @@ def compiled(kernel, types, constants):
 def attention(dtype, column, has_bias):
     constants = {
         "COLUMN": column,
-        "TILE_COLUMNS": attend.TILE_COLUMNS,
-        "PAGE_SLOTS": attend.PAGE_SLOTS,
-        "ROWS": attend.TILE_ROWS,
+        "TILE_COLUMNS": reads.TILE_COLUMNS,
+        "PAGE_SLOTS": PAGE_SLOTS,
+        "ROWS": reads.TILE_ROWS,
         "SLOTS": 32,
         "HEAD_DIM": 64,
-        "HAS_WORDS": column == attend.SELF,
+        "HAS_WORDS": column == reads.SELF,
         "HAS_BIAS": has_bias,
     }
     types = POINTERS | dict.fromkeys(STATES, f"*{dtype}") | {"scale": "fp32"}
@@ -54,7 +55,7 @@ def top_tokens(dtype):
 
 
 for dtype, (column, has_bias) in itertools.product(
-    ("bf16", "fp16", "fp32"), ((attend.CROSS, False), (attend.SELF, False), (attend.SELF, True))
+    ("bf16", "fp16", "fp32"), ((reads.CROSS, False), (reads.SELF, False), (reads.SELF, True))
 ):
     ptx = attention(dtype, column, has_bias).asm["ptx"]
     assert dtype == "fp32" or "mma" in ptx, "half precision goes through the tensor cores"

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from generator_service.model.paged import attend
-from generator_service.model.paged.attend import CROSS, PAGE_SLOTS, SELF, TILE_ROWS, Reads, Visible
+from generator_service.model.paged.arena import PAGE_SLOTS
+from generator_service.model.paged.reads import CROSS, SELF, TILE_ROWS, Reads, Visible
 from tests.generator_service.model.test_paged import over_arena, stepwise
 
 pytest.importorskip("triton")
