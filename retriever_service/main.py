@@ -20,7 +20,7 @@ from rag_serving.server import GrpcServer
 from rag_serving.sideport import SidePort
 from retriever_service.backends import activation_root, open_backend
 from retriever_service.bounded_cache import BoundedCache
-from retriever_service.config import ENV_PREFIX, Backend, RetrieverSettings
+from retriever_service.config import ENV_PREFIX, RetrieverSettings
 from retriever_service.context.assembler import ContextAssembler
 from retriever_service.context.tokenizer import (
     ContextDefaults,
@@ -205,8 +205,7 @@ def _retriever(
             max_queued_questions=settings.max_queued_questions,
             assembly_threads=settings.assembly_threads,
             max_exact_rows=settings.max_exact_rows,
-            # To search all of a cluster's vectors from here would take them through the network.
-            recall_sample_rate=settings.recall_sample_rate if settings.backend is Backend.LOCAL else 0.0,
+            recall_sample_rate=settings.recall_sample_rate,
         ),
         search_executor=search_executor,
         passage_cache=passage_cache,

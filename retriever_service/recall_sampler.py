@@ -1,16 +1,20 @@
 """Live recall: some of the questions answered are searched again exactly, off the request path."""
 
+import logging
 import random
 import time
 from concurrent.futures import Executor, Future
 
 import numpy as np
 
+from rag_serving.errors import RagError
 from retriever_service.exact_search import exact_search
 from retriever_service.index.base import VectorIndex
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.store.base import DocumentStore
 from retriever_service.types import Float32Array, Int64Array, Selection
+
+logger = logging.getLogger(__name__)
 
 _REST_FACTOR = 9  # an exact search rests nine times as long as it took: at most a tenth of one core
 
@@ -60,11 +64,24 @@ class RecallSampler:
         self, vector: Float32Array, n_docs: int, rows: Int64Array, selection: Selection | None
     ) -> None:
         began_s = time.monotonic()
+        try:
+            if self._index.measures_recall:
+                recall = self._index.measured_recall(vector, n_docs, rows, selection)
+            else:
+                recall = self._compared(vector, n_docs, rows, selection)
+            if recall is not None:
+                self._metrics.live_recall_ratio.observe(recall)
+        except RagError as error:
+            logger.warning("cannot sample the recall: %s", error.message)
+        finally:
+            self._rests_until_s = time.monotonic() + _REST_FACTOR * (time.monotonic() - began_s)
+
+    def _compared(
+        self, vector: Float32Array, n_docs: int, rows: Int64Array, selection: Selection | None
+    ) -> float | None:
         living = self._store.rows()
         if not np.isin(rows[rows >= 0], living).all():
-            return  # a document of the answer was deleted or replaced since: no fault of the index
+            return None  # a document of the answer was deleted or replaced since: no fault of the index
         among = living if selection is None else np.intersect1d(selection.rows, living)
         best = exact_search(self._store, vector, n_docs, self._index.metric, among)[0]
-        if len(best):
-            self._metrics.live_recall_ratio.observe(float(np.isin(best, rows).mean()))
-        self._rests_until_s = time.monotonic() + _REST_FACTOR * (time.monotonic() - began_s)
+        return float(np.isin(best, rows).mean()) if len(best) else None

@@ -45,6 +45,24 @@ class VectorIndex(ABC):
         return False
 
     @property
+    def measures_recall(self) -> bool:
+        """Whether `measured_recall` tells the recall of answers; else it takes the stored embeddings to."""
+        return False
+
+    def measured_recall(
+        self,
+        vector: Float32Array,
+        n_docs: int,
+        rows: Int64Array,
+        selection: Selection | None,
+    ) -> float | None:
+        """Returns a sample of the recall of `rows` int64 [n_docs], found for `vector` float32 [1, dimension].
+
+        None where this sample says nothing. Only where `measures_recall`.
+        """
+        raise NotImplementedError
+
+    @property
     def takes_selection(self) -> bool:
         """Whether `search` can be told which rows it may find."""
         return False

@@ -1,6 +1,9 @@
 """Milvus behind the contract of a vector index."""
 
+import random
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -8,11 +11,13 @@ from retriever_service.errors import InvalidSearchParametersError
 from retriever_service.index.base import VectorIndex
 from retriever_service.index.manifest import Manifest
 from retriever_service.milvus.connection import MilvusConnection
+from retriever_service.milvus.recall import random_part, recall_in_part
 from retriever_service.milvus.schema import index_parameters
 from retriever_service.milvus.state import Shown
 from retriever_service.types import Float32Array, Int64Array, Metric, SearchParameters, Selection
 
 _MAX_HITS = 16_384  # Milvus finds no more of a question
+_WIDEST_EF = 1024  # of a search that should miss nothing
 
 
 class Matching(Selection):
@@ -46,6 +51,7 @@ class MilvusIndex(VectorIndex):
         self._shown = shown
         self._type, parameters = index_parameters(manifest.kind)
         self._nlist = parameters.get("nlist", 0)
+        self._chance = random.Random()  # noqa: S311  (a sample is no secret)
         self._own = SearchParameters(nprobe=nprobe, ef_search=ef_search)
 
     @property
@@ -77,6 +83,11 @@ class MilvusIndex(VectorIndex):
     def is_exhaustive(self) -> bool:
         """Whether every search is exact: see VectorIndex."""
         return self._type == "FLAT"
+
+    @property
+    def measures_recall(self) -> bool:
+        """By a search of Milvus' own: to read all vectors would take them through the network."""
+        return True
 
     @property
     def takes_selection(self) -> bool:
@@ -129,6 +140,34 @@ class MilvusIndex(VectorIndex):
                 scores[question, place] = hit["distance"]
         return rows, scores
 
+    def measured_recall(
+        self, vector: Float32Array, n_docs: int, rows: Int64Array, selection: Selection | None
+    ) -> float | None:
+        """Compares the answer with an exact search in a part of the documents: see VectorIndex and recall_in_part."""
+        state = self._shown.state
+        found = [row for row in rows.tolist() if row >= 0]
+        if not found or not all(state.shows(row) for row in found):
+            return None
+        part = random_part(state.next_row, self._chance)
+        hits = self._connection.search(
+            self._collection,
+            np.ascontiguousarray(vector, dtype=np.float32),
+            limit=n_docs if self.has_exact_scores else 4 * n_docs,
+            filter=f"{_both(state.expression(), selection)} and {part}",
+            output_fields=["row", "embedding"],
+            search_params={"params": self._widest(n_docs)},
+        )
+        near = {int(hit["entity"]["row"]): _vector(hit["entity"]) for hit in hits[0]}
+        answer = self._connection.query(self._collection, f"row in {found}", ["row", "embedding"])
+        return recall_in_part(
+            vector, n_docs, {int(one["row"]): _vector(one) for one in answer}, near, self.metric
+        )
+
+    def _widest(self, n_docs: int) -> dict[str, int]:
+        if self._nlist:
+            return {"nprobe": self._nlist}
+        return {"ef": max(_WIDEST_EF, 4 * n_docs)} if self._type == "HNSW" else {}
+
     def _knobs(self, parameters: SearchParameters, n_docs: int) -> dict[str, int]:
         if self._nlist:
             return {"nprobe": min(parameters.nprobe or self._own.nprobe, self._nlist)}
@@ -143,3 +182,7 @@ def _both(visible: str, selection: Selection | None) -> str:
     if isinstance(selection, Matching):
         return f"{visible} and {selection.expression}"
     return f"{visible} and row in {selection.rows.tolist()}"
+
+
+def _vector(entity: Mapping[str, Any]) -> Float32Array:
+    return np.asarray(entity["embedding"], dtype=np.float32)

@@ -13,7 +13,7 @@ from retriever_service.filters import Equal, Filter, Not, OneOf, Range, matches
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import Snapshot
 from retriever_service.store.sqlite import SqliteStore
-from retriever_service.types import Metric
+from retriever_service.types import Metric, SearchParameters
 from tests.retriever_service.test_retriever import DIM, DOCUMENTS, EMBEDDINGS, VECTORS, Retrieving, query
 from tests.retriever_service.tiny_models import write_jsonl
 
@@ -182,11 +182,23 @@ async def test_live_recall_is_that_of_the_answers(retrieving: Retrieving, snapsh
         assert mean < 1
 
 
-@pytest.mark.parametrize("backend", ["local"], indirect=True)
+@pytest.mark.parametrize("backend", ["milvus"], indirect=True)
+async def test_live_recall_on_milvus_comes_from_parts_of_the_documents(
+    retrieving: Retrieving, snapshots: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retriever_service.milvus.recall._LARGEST_SHARE", 1)  # all are one part
+    async with retrieving(snapshots("IVF128,Flat", nprobe=128), recall_sample_rate=1.0) as retriever:
+        for nprobe in (0, 1):
+            await retriever.retrieve(query(search_parameters=SearchParameters(nprobe=nprobe)))
+            count, mean = await sampled(retriever)
+            retriever._sampler._rests_until_s = 0.0
+            assert (count, mean == 1.0) == (nprobe + 1, nprobe == 0)
+
+
 async def test_exhaustive_index_and_a_rate_of_zero_are_never_sampled(
     retrieving: Retrieving, snapshots: Build
 ) -> None:
-    for kind, rate in (("Flat", 1.0), ("IVF16,Flat", 0.0)):
+    for kind, rate in (("Flat", 1.0), ("IVF128,Flat", 0.0)):
         async with retrieving(snapshots(kind, nprobe=1), recall_sample_rate=rate) as retriever:
             await retriever.retrieve(query())
             assert (await sampled(retriever))[0] == 0
