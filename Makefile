@@ -132,7 +132,7 @@ test: setup ## run every test (PYTEST_ARGS= picks some)
 
 .PHONY: faults
 faults: setup ## kill what changes a corpus, each kind of process N=200 times, and check what is left
-	@for what in corpus build service; do OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $$what --kills "$(or $(N),200)"; done
+	@for what in corpus build service milvus; do OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $$what --kills "$(or $(N),200)"; done
 
 .PHONY: clean
 clean: ## remove what was built; var/ (indexes) and .venv go too

@@ -78,6 +78,7 @@ class MilvusCorpus(Corpus):
         try:
             self._candidate = lease
             self._lease, self._read_only_reason = self._begin_writing(lease, read_only_reason)
+            self._closing.callback(self._end_writing)
             connection.ensure_loaded(collection)
             self._shown = Shown(self._read_state())
             # Of each change the state after it and what it hid, until that is deleted.
@@ -107,9 +108,8 @@ class MilvusCorpus(Corpus):
     @property
     def read_only_reason(self) -> str | None:
         """Why changes are refused; None where they are taken."""
-        if self._lease is None:
-            return self._read_only_reason
-        return self._lease.lost_reason
+        lease = self._lease
+        return self._read_only_reason if lease is None else lease.lost_reason
 
     @property
     def sequence(self) -> int:
@@ -249,16 +249,19 @@ class MilvusCorpus(Corpus):
     def follow(self) -> bool:
         """Shows what another has written, and writes itself once the other has died: see Corpus.
 
-        One that writes deletes what no search reads any more.
+        One that has lost its right to write, as where Milvus lost the sign of it, reads like the others. One that
+        writes deletes what no search reads any more.
         """
         for collection in (self.collection, self._log.name):
             self._connection.ensure_loaded(collection)
         with self._lock:
-            if self._lease is not None and self._lease.lost_reason is None:
-                self._lease.check()
-                self._settled()
-                self._reap()
-                return False
+            if self._lease is not None:
+                if self._lease.lost_reason is None:
+                    self._lease.check()
+                    self._settled()
+                    self._reap()
+                    return False
+                self._step_down(self._lease.lost_reason)
             before = self._shown.state.revision
             self._shown.state = self._read_state()
             if self._lease is None and self._candidate is not None:
@@ -282,8 +285,18 @@ class MilvusCorpus(Corpus):
             lease.acquire()
         except ReadOnlyError as error:
             return None, error.message
-        self._closing.callback(lease.release)
         return lease, None
+
+    def _end_writing(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+
+    def _step_down(self, reason: str) -> None:
+        """Reads from now on, until nobody writes: what another may have written is read anew."""
+        self._end_writing()
+        self._lease, self._read_only_reason = None, reason
+        self._unsure = None
+        self._replaced.clear()
 
     def _make_generation(self, number: int) -> Generation:
         manifest = self._facts.manifest.model_copy(update={"generation": number})
@@ -295,9 +308,10 @@ class MilvusCorpus(Corpus):
         return State.of(checkpoint, self._log.changes_after(self.collection, checkpoint.revision))
 
     def _check_writer(self) -> None:
-        if self._lease is None:
+        lease = self._lease
+        if lease is None:
             raise ReadOnlyError(f"no changes here: {self._read_only_reason}")
-        self._lease.check()
+        lease.check()
 
     def _settled(self) -> State:
         """Returns the state to change, once nothing is unsure: a change that may have been made is made."""
@@ -378,7 +392,6 @@ class MilvusCorpus(Corpus):
         if not self._is_current():
             lease.release()
             return
-        self._closing.callback(lease.release)
         self._lease, self._read_only_reason = lease, None
         self._inherit()
         logger.info("this retriever takes changes now", extra={"collection": self.collection})

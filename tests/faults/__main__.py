@@ -4,9 +4,14 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from tests.faults import kill_build, kill_corpus, kill_service
+from tests.faults import kill_build, kill_corpus, kill_milvus, kill_service
 
-_PROGRAMS = {"corpus": kill_corpus.run, "build": kill_build.run, "service": kill_service.run}
+_PROGRAMS = {
+    "corpus": kill_corpus.run,
+    "build": kill_build.run,
+    "service": kill_service.run,
+    "milvus": kill_milvus.run,
+}
 
 
 def main() -> None:

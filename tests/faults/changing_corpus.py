@@ -2,17 +2,22 @@
 
 import random
 import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from retriever_service.corpus.active import read_active, write_active
-from retriever_service.corpus.base import Delete, Deleted, NewDocument, Upsert, Upserted
+from retriever_service.corpus.base import Corpus, Delete, Deleted, NewDocument, Upsert, Upserted
 from retriever_service.corpus.local import LocalCorpus
 from retriever_service.index.manifest import Embedding
 from retriever_service.types import Float32Array
+
+AnswerT = TypeVar("AnswerT")
 
 DIMENSION = 8
 EMBEDDING = Embedding(name="tiny-encoder")
@@ -49,7 +54,7 @@ def vector_of(text: str) -> Float32Array:
     return np.random.default_rng(seed).standard_normal(DIMENSION).astype(np.float32)
 
 
-def apply(corpus: LocalCorpus, change: Change) -> Upserted | Deleted:
+def apply(corpus: Corpus, change: Change) -> Upserted | Deleted:
     """Makes a change."""
     if change.kind == "delete":
         return corpus.delete(Delete(change.request_id, "d", [(key, "") for key in change.texts]))
@@ -64,18 +69,26 @@ def open_active(home: Path) -> LocalCorpus:
     return LocalCorpus(folder, number_offset=offset)
 
 
-class ChangingCorpus:
+class ChangingCorpus(ABC):
     """Changes come from one thread; compaction and activation run beside them, one at a time."""
 
-    def __init__(self, home: Path, events: Connection, seed: int) -> None:
-        self._home = home
+    def __init__(self, corpus: Corpus, folders: Sequence[str], events: Connection, seed: int) -> None:
+        self._corpus = corpus
+        self._folders = folders
         self._events = events
         self._random = random.Random(seed)
         self._changing = threading.Lock()
         self._telling = threading.Lock()
-        self._corpus = open_active(home)
         self._count = 0
         self._seed = seed
+
+    @abstractmethod
+    def _activated(self, folder: Path) -> None:
+        """Makes a folder the corpus that serves, while it holds `_changing`."""
+
+    def _done(self, work: Callable[[Corpus], AnswerT]) -> AnswerT:
+        """Does something to the corpus."""
+        return work(self._corpus)
 
     def run(self, switches: bool) -> None:
         """Changes the corpus without end; with `switches`, also compacts and activates."""
@@ -85,7 +98,7 @@ class ChangingCorpus:
             with self._changing:
                 change = self._next_change()
                 self._tell("begun", change)
-                self._tell("done", change, apply(self._corpus, change))
+                self._tell("done", change, self._done(lambda corpus, change=change: apply(corpus, change)))
 
     def _next_change(self) -> Change:
         self._count += 1
@@ -101,14 +114,14 @@ class ChangingCorpus:
             if choose.random() < 0.5:
                 self._compact()
             else:
-                self._activate(choose.choice(FOLDERS))
+                self._activate(choose.choice(self._folders))
 
     def _compact(self) -> None:
         corpus = self._corpus
         switch = Switch("compact", corpus.folder.name)
         self._tell("begun", switch)
         before = corpus.generation
-        corpus.compact(_no_progress, threading.Event())
+        self._done(lambda _: corpus.compact(_no_progress, threading.Event()))
         corpus.release(before)
         self._tell("done", switch)
 
@@ -119,12 +132,7 @@ class ChangingCorpus:
             return
         switch = Switch("activate", name)
         self._tell("begun", switch)
-        corpus = LocalCorpus(folder)
-        # Numbers of generations only grow.
-        generation = corpus.renumber(max(corpus.generation.number, before.generation.number) + 1)
-        with self._changing:
-            write_active(self._home, folder, generation.number - generation.manifest.generation)
-            self._corpus = corpus
+        self._activated(folder)
         before.close()
         self._tell("done", switch)
 
@@ -133,9 +141,25 @@ class ChangingCorpus:
             self._events.send((what, change, answer))
 
 
+class ChangingLocal(ChangingCorpus):
+    """In index folders."""
+
+    def __init__(self, home: Path, events: Connection, seed: int) -> None:
+        super().__init__(open_active(home), FOLDERS, events, seed)
+        self._home = home
+
+    def _activated(self, folder: Path) -> None:
+        corpus = LocalCorpus(folder)
+        # Numbers of generations only grow.
+        generation = corpus.renumber(max(corpus.generation.number, self._corpus.generation.number) + 1)
+        with self._changing:
+            write_active(self._home, folder, generation.number - generation.manifest.generation)
+            self._corpus = corpus
+
+
 def change_until_killed(home: Path, events: Connection, seed: int, switches: bool) -> None:
     """What the process runs."""
-    ChangingCorpus(home, events, seed).run(switches)
+    ChangingLocal(home, events, seed).run(switches)
 
 
 def _no_progress(stage: str, done: int, total: int | None) -> None:

@@ -1,15 +1,19 @@
 """Kills a process that changes a corpus, again and again, and checks what the next start finds."""
 
 import collections
+import contextlib
 import json
 import random
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from retriever_service.corpus.base import Corpus
 from retriever_service.corpus.local import LocalCorpus
 from retriever_service.index.faiss_index import set_num_threads
 from retriever_service.ingest.build import BuildOptions, build_index
@@ -35,21 +39,22 @@ _LONGEST_S = 0.05
 
 
 class KilledCorpus:
-    """Two index folders, of which one serves, and what must be in them."""
+    """Index folders, of which one serves, and what must be in them."""
 
-    def __init__(self, root: Path, seed: int) -> None:
-        self.home = root / FOLDERS[0]
+    def __init__(self, root: Path, seed: int, kinds: Mapping[str, str] = _KINDS_OF_INDEX) -> None:
+        """`kinds` are the folders' names and kinds; the first is the one that serves at the beginning."""
         self._root = root
         self._random = random.Random(seed)
         self._processes = processes.context()
         self._took_s = dict.fromkeys(KINDS, 0.002)
         self.texts: dict[str, dict[str, str]] = {}
-        self.active = FOLDERS[0]
+        self.active = next(iter(kinds))
+        self.home = root / self.active
         self.acknowledged = 0
         self._last: tuple[Change, object] | None = None
-        documents = [{"key": f"doc-{row}", "title": "", "text": f"built {row}"} for row in range(_BUILT)]
-        for name in FOLDERS:
-            build_tiny(root / name, documents, _KINDS_OF_INDEX[name])
+        for name, index_kind in kinds.items():
+            documents = [{"key": f"doc-{row}", "title": "", "text": f"{name} {row}"} for row in range(_BUILT)]
+            build_tiny(root / name, documents, index_kind)
             self.texts[name] = {one["key"]: one["text"] for one in documents}
 
     def kill_during(self, kind: str) -> list[str]:
@@ -62,35 +67,44 @@ class KilledCorpus:
         changes = [one for one in pending if isinstance(one, Change)]
         assert len(changes) <= 1, "changes come one after another"
         # Opened before anything else reads it: the write-ahead log must be recovered by what serves.
-        corpus = open_active(self.home)
-        try:
+        with self._opened(None) as corpus:
             for change in changes:
                 self._finish(corpus, change)
             if self._last is not None and self._last[0].folder == self.active:
                 again, answer = self._last
                 assert apply(corpus, again) == answer, "a repeated request_id was done twice"
             self._check(corpus)
+        self._check_others()
+        return [one.kind for one in pending]
+
+    @contextlib.contextmanager
+    def _opened(self, name: str | None) -> Iterator[Corpus]:
+        """Opens a folder's corpus, None the one that serves."""
+        corpus = open_active(self.home) if name is None else LocalCorpus(self._root / name)
+        try:
+            yield corpus
         finally:
             corpus.close()
+
+    def _check_others(self) -> None:
         for name in set(FOLDERS) - {self.active}:
-            other = LocalCorpus(self._root / name)
-            try:
+            with self._opened(name) as other:
                 self._check(other)
-            finally:
-                other.close()
         for name in FOLDERS:
             verify_index(self._root / name, lambda step: None)
-        return [one.kind for one in pending]
+
+    def _start(self, events: Connection, seed: int, switches: bool) -> Any:
+        """Starts the process that changes the corpus."""
+        process = self._processes.Process(
+            target=change_until_killed, args=(self.home, events, seed, switches), daemon=True
+        )
+        process.start()
+        return process
 
     def _killed_at(self, kind: str) -> list[Change | Switch]:
         """Runs the process until it is killed; returns what it had begun and not acknowledged."""
         ours, theirs = self._processes.Pipe(duplex=False)
-        process = self._processes.Process(
-            target=change_until_killed,
-            args=(self.home, theirs, self._random.randrange(2**31), kind in {"compact", "activate"}),
-            daemon=True,
-        )
-        process.start()
+        process = self._start(theirs, self._random.randrange(2**31), kind in {"compact", "activate"})
         theirs.close()
         begun: dict[str, tuple[Change | Switch, float]] = {}
         skipped = self._random.randrange(4)
@@ -147,26 +161,22 @@ class KilledCorpus:
 
     def _settle(self, switches: list[Switch]) -> None:
         """An activation that was not acknowledged may have been done or not."""
-        corpus = open_active(self.home)
-        found = corpus.folder.name
-        corpus.close()
+        with self._opened(None) as corpus:
+            found = corpus.folder.name
         allowed = {self.active, *(one.folder for one in switches if one.kind == "activate")}
         assert found in allowed, f"{found} serves, not {allowed}"
         self.active = found
 
-    def _finish(self, corpus: LocalCorpus, change: Change) -> None:
+    def _finish(self, corpus: Corpus, change: Change) -> None:
         """A change that was not acknowledged is there wholly or not at all; sent again, it is done once."""
-        if change.folder != self.active:
-            # It was written before the activation that followed it.
-            other = LocalCorpus(self._root / change.folder)
-            try:
-                self._finish_in(other, change)
-            finally:
-                other.close()
+        if change.folder == self.active:
+            self._finish_in(corpus, change)
             return
-        self._finish_in(corpus, change)
+        # It was written before the activation that followed it.
+        with self._opened(change.folder) as other:
+            self._finish_in(other, change)
 
-    def _finish_in(self, corpus: LocalCorpus, change: Change) -> None:
+    def _finish_in(self, corpus: Corpus, change: Change) -> None:
         now = _texts_of(corpus)
         before = dict(self.texts[change.folder])
         self._note(change)
@@ -178,7 +188,7 @@ class KilledCorpus:
             assert corpus.sequence == sequence, "a repeated request_id was done twice"
         self._last = change, answer
 
-    def _check(self, corpus: LocalCorpus) -> None:
+    def _check(self, corpus: Corpus) -> None:
         """Holds a corpus against what was acknowledged, by listing, reading, searching."""
         wanted = self.texts[corpus.folder.name]
         found = _texts_of(corpus)
@@ -217,7 +227,7 @@ def build_tiny(folder: Path, documents: list[dict[str, str]], kind: str = "Flat"
     )
 
 
-def _texts_of(corpus: LocalCorpus) -> dict[str, str]:
+def _texts_of(corpus: Corpus) -> dict[str, str]:
     return {document.key: document.text for document in corpus.page(None, 10_000).documents}
 
 

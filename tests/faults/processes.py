@@ -5,6 +5,7 @@ from multiprocessing.context import ForkServerContext
 
 _PRELOADED = [
     "tests.faults.changing_corpus",
+    "tests.faults.changing_milvus",
     "tests.faults.kill_build",
     "tests.faults.service_process",
     # The retriever imports it late: it takes seconds.

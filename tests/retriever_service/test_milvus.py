@@ -296,6 +296,30 @@ def test_a_second_writer_waits_for_the_dead_and_gives_way_to_the_living(
         upsert(heir, "later")
 
 
+def test_a_writer_whose_sign_is_gone_writes_again_once_nobody_else_does(
+    milvus: MilvusServer, name: str
+) -> None:
+    with opened(milvus, name) as writer:
+        upsert(writer, "before", seed=4)
+        writer._log.clear_owner()
+        until_s = time.monotonic() + 30
+        while writer.read_only_reason is None and time.monotonic() < until_s:
+            time.sleep(0.05)
+        with pytest.raises(FailedPreconditionError, match="unknown"):
+            upsert(writer, "too soon")
+        # What another wrote meanwhile is seen before anything else is written.
+        with opened(milvus, name) as other:
+            upsert(other, "meanwhile", seed=5)
+            writer.follow()
+            assert writer.read_only_reason is not None
+        writer.follow()
+        assert writer.read_only_reason is None
+        assert list(upsert(writer, "after", seed=6).rows) == [62]
+        assert {"before", "meanwhile", "after"} < set(keys_of(writer))
+    with opened(milvus, name) as heir:
+        assert heir.read_only_reason is None
+
+
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_reader_takes_over_from_a_writer_that_is_gone(
     milvus: MilvusServer, name: str, monkeypatch: pytest.MonkeyPatch, dies: bool
