@@ -27,10 +27,16 @@ _LONGEST_S = 400.0
 
 @dataclass(frozen=True)
 class Changes:
-    """Searches beside nothing, beside upserts and beside a compaction; upserts by batches of 100 and of 1."""
+    """Searches beside nothing, beside upserts and beside compactions; upserts by batches of 100 and of 1.
+
+    The first compaction takes in all that was upserted; `compacted` are searches beside nothing after it, and
+    `compacting` those beside further ones, of a hundred documents each.
+    """
 
     idle: Load
     upserting: Load
+    first_compacting: Load
+    compacted: Load
     compacting: Load
     upserts_per_s: float
     single_upserts_per_s: float
@@ -46,8 +52,19 @@ def measure_changes(
         idle = ask(address, asked, clients=_CLIENTS, seconds=2 * seconds, pause_s=_PAUSE_S)
         single = asyncio.run(_upsert(address, corpus, seconds, batch=1))
         upserting, upserts_per_s = asyncio.run(_while_upserting(address, corpus, asked, 2 * seconds))
-        compacting, compaction_s = asyncio.run(_while_compacting(address, asked))
-    return Changes(idle, upserting, compacting, upserts_per_s, single, compaction_s)
+        first, compaction_s = asyncio.run(_while_compacting(address, asked))
+        compacted = ask(address, asked, clients=_CLIENTS, seconds=2 * seconds, pause_s=_PAUSE_S)
+        again: list[Load] = []
+        ends_s = time.monotonic() + 2 * seconds
+        while time.monotonic() < ends_s:
+            asyncio.run(_upsert(address, corpus, 0.0, batch=_BATCH))
+            again.append(asyncio.run(_while_compacting(address, asked))[0])
+    return Changes(idle, upserting, first, compacted, _joined(again), upserts_per_s, single, compaction_s)
+
+
+def _joined(loads: list[Load]) -> Load:
+    latencies_s = [one for load in loads for one in load.latencies_s]
+    return Load(sum(load.searches_per_s for load in loads) / len(loads), latencies_s, {})
 
 
 async def _while_upserting(
@@ -85,7 +102,7 @@ async def _while_compacting(address: str, asked: list[bytes]) -> tuple[Load, flo
 
 
 async def _upsert(address: str, corpus: Corpus, seconds: float, *, batch: int) -> float:
-    """Documents a second of one stream, each batch sent once the one before is acknowledged as durable."""
+    """Documents a second of one stream: each batch, one at least, is sent once the one before is acknowledged."""
     vectors, texts = corpus.vectors(0), passages()
     ends_s = time.perf_counter() + seconds
     acknowledged = asyncio.Event()
@@ -93,7 +110,7 @@ async def _upsert(address: str, corpus: Corpus, seconds: float, *, batch: int) -
 
     async def batches() -> AsyncIterator[messages.UpsertDocumentsRequest]:
         number = 0
-        while time.perf_counter() < ends_s:
+        while number == 0 or time.perf_counter() < ends_s:
             acknowledged.clear()
             yield _request(vectors, texts, number, batch)
             number += 1
