@@ -17,6 +17,8 @@ MAX_KEYS = 8192
 """Candidates that the kernels can put together for a row."""
 _ROWS_AT_ONCE = 64
 """Temporaries of a large vocabulary for more rows are memory that the CPU asks its system for anew in every call."""
+_LEAST = 1e-30
+"""Smaller probabilities are near to where float32 loses digits: their logarithms are added up instead."""
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -36,10 +38,37 @@ def fits(logits: Tensor, keep: int) -> bool:
 def logsumexp(logits: Tensor) -> Tensor:
     """Over the vocabulary, in float32: logits [rows, vocab] of any dtype -> [rows]."""
     if not has_kernels(logits.device):
-        return torch.cat([part.float().logsumexp(dim=-1) for part in torch.split(logits, _ROWS_AT_ONCE)])
+        parts = [part.float() for part in torch.split(logits, _ROWS_AT_ONCE)]
+        return torch.cat([_logsumexp(part, torch.softmax(part, dim=-1)) for part in parts])
     from generator_service.decoding import top_kernels  # noqa: PLC0415
 
     return top_kernels.logsumexp(logits)
+
+
+def mixed(logits: Tensor, log_prior: Tensor) -> tuple[Tensor, Tensor]:
+    """RAG-Token's p(token | question, prefix) [rows, vocab], and the logsumexp [docs, rows] of what it is made of.
+
+    logits [docs, rows, vocab] of any dtype, log_prior float32 [docs]. Probabilities, not their logarithms: on a CPU
+    their sum is one product, where a logsumexp over documents goes through all of the vocabulary eight times.
+    """
+    logits = logits.float()
+    probabilities = torch.softmax(logits, dim=-1)
+    mixture = log_prior.exp()[None] @ probabilities.flatten(1)
+    return mixture.view(logits.shape[1:]), _logsumexp(logits, probabilities)
+
+
+def _logsumexp(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """By the largest probability, at least 1 / vocab: torch's softmax keeps a row in cache, its logsumexp does not."""
+    return logits.amax(dim=-1) - probabilities.amax(dim=-1).log_()
+
+
+def likeliest_mixed(mixture: Tensor, keep: int, banned: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """The keep highest log-probabilities of each row of mixed() and their ids, but banned tokens'.
+
+    None where one of them is so unlikely that float32 tells its probability apart from others' no more.
+    """
+    values, ids = likeliest(mixture, keep, banned)
+    return None if bool(values.min() < _LEAST) else (values.log_(), ids)
 
 
 def likeliest(logits: Tensor, keep: int, banned: Sequence[int]) -> tuple[Tensor, Tensor]:

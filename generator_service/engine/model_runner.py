@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from generator_service.decoding import marginalize, top_tokens
+from generator_service.decoding import marginalize
 from generator_service.decoding.targets import TargetLogProbs
 from generator_service.engine import scoring, tracing, tree_scoring
 from generator_service.engine.messages import EncodeQuestion, GenerateAnswer, Progress, ScoreTarget
@@ -282,7 +282,7 @@ class ModelRunner:
         if not rows:
             return PoolScores(pool.key, pool.searches, None, None, first)
         logits = self.backbone.logits(torch.cat(rows))
-        return PoolScores(pool.key, pool.searches, logits, top_tokens.logsumexp(logits), first)
+        return PoolScores.of_logits(pool.key, pool.searches, logits, first)
 
     def _collect(self, news: Sequence[tuple[SearchPool, list[Tensor]]], outcome: StepOutcome) -> None:
         """Take finished searches out; answer, or go on to scoring the candidates."""

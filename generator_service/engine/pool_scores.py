@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ from generator_service.transfers import to_device
 class StepScores:
     """One search's part: float32 logits [docs, rows, vocab] and their logsumexp [docs, rows].
 
-    Both None where the next token is forced.
+    Both None where the next token is forced. mixture: top_tokens.mixed's [rows, vocab], where the likeliest tokens
+    are all that is wanted of RAG-Token's rows on a CPU.
     """
 
     logits: Tensor | None
     lse: Tensor | None
+    mixture: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PoolScores:
     """Rows stand search by search, in each document by document, then row by row.
 
     logits [rows, vocab] as the head gives them, lse float32 [rows], their logsumexp; None where every next token is
-    forced. first: each search's first row, None where its next token is forced.
+    forced. first: each search's first row, None where its next token is forced. mixtures: by index of the search.
     """
 
     key: PoolKey
@@ -47,6 +49,28 @@ class PoolScores:
     logits: Tensor | None
     lse: Tensor | None
     first: Sequence[int | None]
+    mixtures: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_logits(
+        cls, key: PoolKey, searches: Sequence[Search], logits: Tensor, first: Sequence[int | None]
+    ) -> PoolScores:
+        """Normalises logits, and mixes documents where that comes at little more."""
+        if key.num_docs == 1 or logits.device.type != "cpu":
+            return cls(key, searches, logits, top_tokens.logsumexp(logits), first)
+        lse = torch.empty(len(logits), device=logits.device)
+        mixtures = dict[int, Tensor]()
+        for index, (search, start) in enumerate(zip(searches, first, strict=True)):
+            if start is None:
+                continue
+            rows = slice(start, start + key.num_docs * search.rows)
+            if search.banned_tokens is None:
+                lse[rows] = top_tokens.logsumexp(logits[rows])
+                continue
+            by_document = logits[rows].view(key.num_docs, search.rows, -1)
+            mixtures[index], own = top_tokens.mixed(by_document, search.log_prior)
+            lse[rows] = own.flatten()
+        return cls(key, searches, logits, lse, first, mixtures)
 
     def of(self, index: int) -> StepScores:
         """The scores of one search."""
@@ -55,7 +79,8 @@ class PoolScores:
             return StepScores(None, None)
         rows = slice(first, first + self.key.num_docs * self.searches[index].rows)
         logits = self.logits[rows].view(self.key.num_docs, -1, self.logits.shape[1])
-        return StepScores(logits.float(), self.lse[rows].view(self.key.num_docs, -1))
+        lse = self.lse[rows].view(self.key.num_docs, -1)
+        return StepScores(logits.float(), lse, self.mixtures.get(index))
 
     def best_tokens(self) -> BestTokens | None:
         """Of all searches that ask for no more than their likeliest tokens; None without kernels or such searches."""

@@ -178,6 +178,9 @@ class SearchPool:
         if self.key.num_docs == 1 and search.banned_tokens is not None:
             values, ids = top_tokens.likeliest(scores.logits[0], keep, search.banned_tokens)
             return values - scores.lse[0][:, None], ids
+        likeliest = self._likeliest_mixed(search, scores, keep)
+        if likeliest is not None:
+            return likeliest
         mixture = search.processed(self._mixture(search, scores), input_ids)
         values, ids = mixture.topk(keep, dim=-1)
         return values, ids
@@ -196,6 +199,14 @@ class SearchPool:
         return sampling.draw_continuations(
             log_probs, state.running_scores[index], self.key.keep, search.random
         )
+
+    @staticmethod
+    def _likeliest_mixed(search: Search, scores: StepScores, keep: int) -> tuple[Tensor, Tensor] | None:
+        """What `processed` would leave at the top of the mixture, where that can be told without it."""
+        banned = search.banned_tokens
+        if scores.mixture is None or banned is None:
+            return None
+        return top_tokens.likeliest_mixed(scores.mixture, keep, banned)
 
     @staticmethod
     def _mixture(search: Search, scores: StepScores) -> Tensor:
@@ -230,6 +241,9 @@ class SearchPool:
         if search.forced_token is not None:
             return torch.full((self.key.width,), search.forced_token, device=input_ids.device)
         assert scores.logits is not None
+        likeliest = self._likeliest_mixed(search, scores, 1)
+        if likeliest is not None:
+            return likeliest[1][:, 0]
         # transformers processes RAG-Sequence's raw logits here, but RAG-Token's log-probabilities, mixed or not
         mixed = self._mixture(search, scores) if search.is_rag_token else scores.logits[0]
         processed = search.processed(mixed, input_ids)
