@@ -119,11 +119,13 @@ def attention_by_row(copies: bool) -> Callable[..., Tensor]:
         for block, start, _ in batch.spans():
             rows = int(block.token_ids.shape[0])
             for index, context in enumerate(block.contexts):
-                if context.cross is None:
+                if context.keys is None or context.values is None:
                     raise TypeError("a backbone that keeps no keys and values")
                 low = start + index * rows
                 part = query[low : low + rows].view(rows, heads, 1, -1)
-                keys, values = (context.cross[2 * layer + which].expand(rows, -1, -1, -1) for which in (0, 1))
+                keys, values = (
+                    part[layer].expand(rows, -1, -1, -1) for part in (context.keys, context.values)
+                )
                 if copies:
                     keys, values = keys.contiguous(), values.contiguous()
                 attended = F.scaled_dot_product_attention(part, keys, values, scale=scale)

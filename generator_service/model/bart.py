@@ -115,7 +115,7 @@ class BartBackbone(AttentionBackbone):
         projected = attention.cross_states(
             self.cross_projection(hidden), lengths, self.num_layers, self.heads
         )
-        return [ContextStates(n, cross, None) for n, cross in zip(lengths, projected, strict=True)]
+        return [ContextStates(n, *cross, None) for n, cross in zip(lengths, projected, strict=True)]
 
     def decode_together(self, batch: RowBatch) -> Tensor:
         """As AttentionBackbone.decode_together."""

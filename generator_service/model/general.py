@@ -34,7 +34,7 @@ class GeneralBackbone(nn.Module):
         for context in contexts:
             ids = context[None]
             hidden = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
-            states.append(ContextStates(int(context.shape[0]), None, hidden))
+            states.append(ContextStates(int(context.shape[0]), None, None, hidden))
         return states
 
     def new_cache(self, num_contexts: int) -> SelfCache:

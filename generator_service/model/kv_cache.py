@@ -14,19 +14,22 @@ _INITIAL_SLOTS = 32
 class ContextStates:
     """One encoded context, shared by every beam and candidate that reads it.
 
-    cross: keys and values of all decoder layers [2 * num_layers, heads, length, head_dim] (layer i: rows 2i and
-        2i + 1), or None for a backbone that keeps hidden states instead.
+    keys, values: of all decoder layers [num_layers, heads, length, head_dim], or None for a backbone that keeps
+        hidden states instead.
     hidden: the encoder's output [length, d_model] where the backbone needs it, else None.
     """
 
     length: int
-    cross: Tensor | None
+    keys: Tensor | None
+    values: Tensor | None
     hidden: Tensor | None
 
     @property
     def size_bytes(self) -> int:
         """Bytes held on the device."""
-        return sum(t.numel() * t.element_size() for t in (self.cross, self.hidden) if t is not None)
+        return sum(
+            t.numel() * t.element_size() for t in (self.keys, self.values, self.hidden) if t is not None
+        )
 
 
 class SelfCache:

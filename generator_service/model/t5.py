@@ -119,7 +119,7 @@ class T5Backbone(AttentionBackbone):
             hidden = layer(hidden, lengths, bias)
         projected = self.cross_projection(self.encoder_norm(hidden))
         states = attention.cross_states(projected, lengths, self.num_layers, self.heads)
-        return [ContextStates(n, cross, None) for n, cross in zip(lengths, states, strict=True)]
+        return [ContextStates(n, *cross, None) for n, cross in zip(lengths, states, strict=True)]
 
     def decode_together(self, batch: RowBatch) -> Tensor:
         """As AttentionBackbone.decode_together."""

@@ -63,12 +63,13 @@ class Arena:
         return to_device(slots, torch.int64, self.keys.device)
 
     def store(self, states: ContextStates) -> PagedStates:
-        """Move an encoded context in: cross [2 * num_layers, heads, length, head_dim]."""
-        assert states.cross is not None
-        paged = PagedStates(states.length, None, None, self.take(num_pages(states.length)))
+        """Move an encoded context in."""
+        assert states.keys is not None
+        assert states.values is not None
+        paged = PagedStates(states.length, None, None, None, self.take(num_pages(states.length)))
         weakref.finalize(paged, self.give_back, paged.pages).atexit = False
         slots = self.slots(paged.pages, states.length)
-        for slab, part in ((self.keys, states.cross[0::2]), (self.values, states.cross[1::2])):
+        for slab, part in ((self.keys, states.keys), (self.values, states.values)):
             slab.index_copy_(1, slots, part.transpose(1, 2).flatten(2))
         return paged
 

@@ -152,9 +152,10 @@ def test_contexts_encoded_in_parts_are_as_if_encoded_together(
         apart = backbone.encode(contexts)
     assert [s.length for s in apart] == [3, 9, 4, 11, 2]
     for one, other in zip(apart, together, strict=True):
-        assert one.cross is not None
-        assert other.cross is not None
-        torch.testing.assert_close(one.cross, other.cross, atol=1e-5, rtol=1e-5)
+        assert one.keys is not None
+        assert one.values is not None
+        torch.testing.assert_close(one.keys, other.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.values, other.values, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [None, 1.0])
