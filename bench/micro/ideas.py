@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from bench.micro.workload import Questions
 from generator_service.decoding import logits_processors, rag_sequence, top_tokens
 from generator_service.engine.model_runner import ModelRunner
+from generator_service.engine.pool_scores import PoolScores
 from generator_service.engine.request import Request
-from generator_service.engine.search import Search
+from generator_service.engine.search import PoolKey, Search
 from generator_service.model import attention, loader
 from generator_service.model.backbone import RowBatch
 from generator_service.model.paged import rows as paged_rows
@@ -135,6 +136,13 @@ def attention_by_row(copies: bool) -> Callable[..., Tensor]:
     return cross_attention
 
 
+def mixed_as_logarithms(
+    key: PoolKey, searches: Sequence[Search], logits: Tensor, first: Sequence[int | None]
+) -> PoolScores:
+    """As PoolScores.of_logits, but documents are mixed by a logsumexp, which each search makes for itself."""
+    return PoolScores(key, searches, logits, logits.float().logsumexp(dim=-1), first)
+
+
 def _plain_linears(module: nn.Module, _: Quantization) -> nn.Module:
     return module
 
@@ -184,6 +192,12 @@ IDEAS = (
         "no head and no last step for forced tokens",
         off=lambda: patch.object(logits_processors, "forced_token", lambda _settings, _cur_len: None),
         strategies=(Strategy.RAG_TOKEN,),
+    ),
+    Idea(
+        "documents mixed as probabilities",
+        off=lambda: patch.object(PoolScores, "of_logits", mixed_as_logarithms),
+        strategies=(Strategy.RAG_TOKEN,),
+        devices=("cpu",),
     ),
     Idea(
         "weights laid out once",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -92,7 +93,12 @@ def test_answers_do_not_depend_on_who_counts(device: CountedDevice) -> None:
         settings = cases.plain_settings(rag, max_length=8, **case)
         requests = questions(rag, settings, 2)
         _, found = waits_by_step(rag, device, requests)
-        assert found == engine.answers_to(engine.new_runner(rag.backbone), requests)
+        near = engine.answers_to(engine.new_runner(rag.backbone), requests)
+        assert [[h.token_ids for h in one] for one in found] == [[h.token_ids for h in one] for one in near]
+        # the CPU adds probabilities up where others add logarithms
+        for one, other in zip(itertools.chain(*found), itertools.chain(*near), strict=True):
+            assert one.score == pytest.approx(other.score, abs=1e-5)
+            assert one.document_posterior == pytest.approx(other.document_posterior, abs=1e-5)
 
 
 @pytest.mark.parametrize("strategy", list(Strategy))
