@@ -1,17 +1,16 @@
 """The life of a service's process: start both ports, warm up, serve until a signal, drain, exit status."""
 
 import asyncio
-import contextlib
-import gc
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NoReturn
 
 import uvloop
 
 from rag_serving.errors import RagError, StartupError
+from rag_serving.garbage import kept_for_good
 from rag_serving.server import GrpcServer
 from rag_serving.sideport import SidePort
 
@@ -50,7 +49,7 @@ async def serve_until_stopped(
         await side_port.start()
         await server.start()
         logger.info("listening", extra={"grpc": server.address, "http": side_port.address})
-        with _kept_for_good():
+        with kept_for_good():
             if warm_up is not None:
                 await _unless_stopped(warm_up(), stopping)
             await stopping.wait()
@@ -59,21 +58,6 @@ async def serve_until_stopped(
         await server.stop()
         await side_port.stop()
     logger.info("stopped")
-
-
-@contextlib.contextmanager
-def _kept_for_good() -> Iterator[None]:
-    """Leaves what is in memory now, modules and all, out of garbage collections.
-
-    A full collection walks through every object while all threads wait: with a service's modules that is more
-    than 100 ms, at any moment, in the latency of whatever is served then.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _on_signals(stopping: asyncio.Event) -> None:

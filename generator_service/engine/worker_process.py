@@ -38,6 +38,7 @@ from generator_service.engine.worker_options import WorkerOptions
 from generator_service.model.loader import LoadedModel, load
 from generator_service.model.paged.backbone import PagedBackbone, paged
 from generator_service.types import Compatibility, GenerationSettings, SequenceDecoding, Strategy
+from rag_serving.garbage import kept_for_good
 from rag_serving.logging import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,9 @@ class WorkerProcess:
             logger.exception("cannot load the models")
             self._send(StartFailed(f"{type(error).__name__}: {error}"))
             return
-        self._send(ready)
-        self._serve(core)
+        with kept_for_good():
+            self._send(ready)
+            self._serve(core)
 
     def _start(self) -> tuple[EngineCore, Ready]:
         options = self._options
