@@ -3,6 +3,7 @@
 import logging
 import random
 import time
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future
 
 import numpy as np
@@ -11,12 +12,15 @@ from rag_serving.errors import RagError
 from retriever_service.exact_search import exact_search
 from retriever_service.index.base import VectorIndex
 from retriever_service.metrics import RetrieverMetrics
+from retriever_service.recall import random_part, recall_in_part
 from retriever_service.store.base import DocumentStore
 from retriever_service.types import Float32Array, Int64Array, Selection
 
 logger = logging.getLogger(__name__)
 
 _REST_FACTOR = 9  # an exact search rests nine times as long as it took: at most a tenth of one core
+_MOST_ROWS = 65_536
+"""Rows that a sample compares at most: all of a large corpus would be read from its disk each time."""
 
 
 class RecallSampler:
@@ -79,9 +83,37 @@ class RecallSampler:
     def _compared(
         self, vector: Float32Array, n_docs: int, rows: Int64Array, selection: Selection | None
     ) -> float | None:
+        next_row = self._store.next_row
+        if next_row > _MOST_ROWS:
+            part = random_part(next_row, _MOST_ROWS, self._random)
+            return self._compared_in_part(vector, n_docs, rows, selection, part)
         living = self._store.rows()
         if not np.isin(rows[rows >= 0], living).all():
             return None  # a document of the answer was deleted or replaced since: no fault of the index
         among = living if selection is None else np.intersect1d(selection.rows, living)
         best = exact_search(self._store, vector, n_docs, self._index.metric, among)[0]
         return float(np.isin(best, rows).mean()) if len(best) else None
+
+    def _compared_in_part(
+        self,
+        vector: Float32Array,
+        n_docs: int,
+        rows: Int64Array,
+        selection: Selection | None,
+        part: Sequence[range],
+    ) -> float | None:
+        found = rows[rows >= 0].tolist()
+        if len(self._store.documents_by_row(found)) < len(found):
+            return None  # as above
+        among = np.concatenate([self._store.rows_between(some.start, some.stop) for some in part])
+        if selection is not None:
+            among = np.intersect1d(selection.rows, among)
+        best = exact_search(self._store, vector, n_docs, self._index.metric, among)[0].tolist()
+        embeddings = dict(zip([*found, *best], self._store.embeddings_of([*found, *best]), strict=True))
+        return recall_in_part(
+            vector,
+            n_docs,
+            {row: embeddings[row] for row in found},
+            {row: embeddings[row] for row in best},
+            self._index.metric,
+        )

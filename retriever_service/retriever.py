@@ -15,6 +15,7 @@ from retriever_service.errors import NoQuestionTokenizerError, OverloadedError
 from retriever_service.exact_search import exact_search
 from retriever_service.index.base import VectorIndex
 from retriever_service.metrics import RetrieverMetrics
+from retriever_service.niceness import give_way
 from retriever_service.recall_sampler import RecallSampler
 from retriever_service.search_batcher import SearchBatcher
 from retriever_service.selections import Selections
@@ -84,7 +85,7 @@ class Retriever:
             max_batch=self._limits.max_search_batch,
         )
         self._selections = Selections(store, self._pool)
-        self._sampling = ThreadPoolExecutor(1, "recall")
+        self._sampling = ThreadPoolExecutor(1, "recall", initializer=give_way)
         self._sampler = RecallSampler(
             index, store, metrics, self._sampling, rate=self._limits.recall_sample_rate
         )

@@ -89,6 +89,15 @@ class MilvusStore(DocumentStore):
         """Returns the rows of all documents: see DocumentStore."""
         return self._rows(self._shown.state.expression())
 
+    @property
+    def next_row(self) -> int:
+        """The first row that no document has had: see DocumentStore."""
+        return self._shown.state.next_row
+
+    def rows_between(self, first: int, stop: int) -> Int64Array:
+        """Returns the rows of the documents among these rows: see DocumentStore."""
+        return self._rows(f"{self._shown.state.expression()} and row >= {first} and row < {stop}")
+
     def rows_where(self, condition: Filter) -> Int64Array:
         """Returns the rows of the documents that meet the condition: see DocumentStore."""
         return self._rows(f"{self._shown.state.expression()} and {expression(condition)}")

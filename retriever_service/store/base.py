@@ -48,6 +48,15 @@ class DocumentStore(ABC):
     def rows(self) -> Int64Array:
         """Returns the rows int64, ascending, of all documents."""
 
+    @property
+    @abstractmethod
+    def next_row(self) -> int:
+        """The first row that no document has had yet."""
+
+    @abstractmethod
+    def rows_between(self, first: int, stop: int) -> Int64Array:
+        """Returns the rows int64, ascending, of the documents among rows first to stop - 1."""
+
     @abstractmethod
     def rows_where(self, condition: Filter) -> Int64Array:
         """Returns the rows int64, ascending, of the documents whose metadata meet the condition."""

@@ -72,6 +72,27 @@ class LiveStore(SqliteStore):
         """Returns the rows of all documents: see DocumentStore."""
         return self.rows_now()[1]
 
+    @property
+    def next_row(self) -> int:
+        """The first row that no document has had: see DocumentStore."""
+        with self._reading() as connection:
+            query = "SELECT coalesce(max(row) + 1, ?) FROM main.documents"
+            return int(connection.execute(query, (self.num_built,)).fetchone()[0])
+
+    def rows_between(self, first: int, stop: int) -> Int64Array:
+        """Returns the rows of the documents among these rows: see DocumentStore. Reads no document."""
+        within = "row >= ?1 AND row < ?2"
+        query = (
+            f"SELECT row, 0 FROM main.hidden WHERE {within} UNION ALL"  # noqa: S608  (ours)
+            f" SELECT row, 1 FROM main.documents WHERE is_current = 1 AND {within}"
+        )
+        with self._reading() as connection:
+            found = connection.execute(query, (first, stop)).fetchall()
+        hidden = [row for row, is_written in found if not is_written]
+        written = np.asarray(sorted(row for row, is_written in found if is_written), np.int64)
+        built = np.setdiff1d(np.arange(first, min(stop, self.num_built), dtype=np.int64), hidden)
+        return np.concatenate([built, written])
+
     def rows_now(self) -> tuple[int, Int64Array]:
         """Returns the last change's number and the rows int64, ascending, of all documents at that moment."""
         with self._reading() as connection:

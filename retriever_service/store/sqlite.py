@@ -85,6 +85,15 @@ class SqliteStore(DocumentStore):
         """Returns the rows of all documents: see DocumentStore."""
         return np.arange(len(self), dtype=np.int64)
 
+    @property
+    def next_row(self) -> int:
+        """The first row that no document has had: see DocumentStore."""
+        return self._num_documents
+
+    def rows_between(self, first: int, stop: int) -> Int64Array:
+        """Returns the rows of the documents among these rows: see DocumentStore."""
+        return np.arange(first, min(stop, len(self)), dtype=np.int64)
+
     def rows_where(self, condition: Filter) -> Int64Array:
         """Returns the rows whose metadata meet the condition: see DocumentStore."""
         clause, parameters = where_clause(condition, "metadata", self.indexed_fields)

@@ -186,7 +186,7 @@ async def test_live_recall_is_that_of_the_answers(retrieving: Retrieving, snapsh
 async def test_live_recall_on_milvus_comes_from_parts_of_the_documents(
     retrieving: Retrieving, snapshots: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retriever_service.milvus.recall._LARGEST_SHARE", 1)  # all are one part
+    monkeypatch.setattr("retriever_service.milvus.index._LARGEST_SHARE", 1)  # all are one part
     async with retrieving(snapshots("IVF128,Flat", nprobe=128), recall_sample_rate=1.0) as retriever:
         for nprobe in (0, 1):
             await retriever.retrieve(query(search_parameters=SearchParameters(nprobe=nprobe)))

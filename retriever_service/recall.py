@@ -1,25 +1,24 @@
 """Recall of an answer, from an exact search in a part of the documents, whose cost does not grow with their number."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from retriever_service.exact_search import similarities
 from retriever_service.types import Float32Array, Metric
 
-# Milvus compares one by one where a filter leaves less than a fifteenth of an HNSW index: there its search is exact.
-_LARGEST_SHARE = 16
-_MOST_ROWS = 1_000_000
 
+def random_part(next_row: int, size: int, chance: random.Random) -> Sequence[range]:
+    """Returns `size` successive rows of 0 to next_row - 1, each as likely to be among them as any other.
 
-def random_part(next_row: int, chance: random.Random) -> str:
-    """Returns the condition of some successive rows of 0 to next_row - 1, each as likely to be in it as any other."""
-    width = max(1, min(_MOST_ROWS, next_row // _LARGEST_SHARE))
+    Those that begin before the end and go on at the beginning are two ranges. At least one row, and at most all.
+    """
+    size = max(1, min(size, next_row))
     first = chance.randrange(max(1, next_row))
-    if first + width <= next_row:
-        return f"row >= {first} and row < {first + width}"
-    return f"(row >= {first} or row < {first + width - next_row})"
+    if first + size <= next_row:
+        return [range(first, first + size)]
+    return [range(first + size - next_row), range(first, next_row)]
 
 
 def recall_in_part(
