@@ -1,11 +1,13 @@
 """Changes, compaction and activation of the corpus that serves."""
 
 import asyncio
+import contextvars
+import functools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, TypeVarTuple
 
 from rag_serving.errors import InvalidArgumentError, RagError, UnavailableError
 from rag_serving.request_deadline import request_deadline_s
@@ -21,6 +23,7 @@ from retriever_service.work_limit import WorkLimit, run_limited
 
 logger = logging.getLogger(__name__)
 AnswerT = TypeVar("AnswerT")
+ArgumentTs = TypeVarTuple("ArgumentTs")
 
 
 class Encoder(Protocol):
@@ -62,6 +65,8 @@ class Maintenance:
         self._compact_after = compact_after
         self._changing = asyncio.Lock()
         self._changes = ThreadPoolExecutor(1, "changes", initializer=give_way)
+        # Indexes are written, read and hashed here, whole cores for seconds.
+        self._switching = ThreadPoolExecutor(1, "switch", initializer=give_way)
         self._encoding = ThreadPoolExecutor(1, "encode")
         self._compaction_failed_at = -1
         self.operations: Operations[Served] = Operations()
@@ -169,6 +174,7 @@ class Maintenance:
         await self.operations.close()
         async with self._changing:
             self._changes.shutdown()
+        self._switching.shutdown(wait=False)
         self._encoding.shutdown()
 
     async def _change(self, work: Callable[[Corpus], AnswerT]) -> AnswerT:
@@ -191,7 +197,7 @@ class Maintenance:
     async def _compact(self, operation: Operation[Served]) -> Served:
         corpus = self._generations.current.corpus
         try:
-            generation = await asyncio.to_thread(corpus.compact, operation.progress, operation.cancelled)
+            generation = await self._giving_way(corpus.compact, operation.progress, operation.cancelled)
         except RagError:
             self._compaction_failed_at = corpus.pending_changes
             raise
@@ -204,7 +210,7 @@ class Maintenance:
         self, path: Path, check: Callable[[Manifest], None], operation: Operation[Served]
     ) -> Served:
         check(await asyncio.to_thread(self._library.manifest, path))
-        corpus, generation = await asyncio.to_thread(
+        corpus, generation = await self._giving_way(
             self._library.open,
             path,
             self._generations.current.generation.number + 1,
@@ -221,6 +227,11 @@ class Maintenance:
             raise
         await self._switch(served, operation, remember=True)
         return served
+
+    async def _giving_way(self, work: Callable[[*ArgumentTs], AnswerT], *arguments: *ArgumentTs) -> AnswerT:
+        """Runs the long part of an operation in a thread that searches go before."""
+        run = functools.partial(contextvars.copy_context().run, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._switching, run)
 
     async def _switch(self, served: Served, operation: Operation[Served], *, remember: bool = False) -> None:
         """Warms up, then, between two changes, remembers what is active and switches to it."""

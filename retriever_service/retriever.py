@@ -138,6 +138,10 @@ class Retriever:
     async def close(self) -> None:
         """Stops the threads; index and store belong to who opened them."""
         await self._batcher.close()
+        # Elsewhere: a sample of the recall may take a second to end, and others are answered meanwhile.
+        await asyncio.to_thread(self._shut_down)
+
+    def _shut_down(self) -> None:
         self._search_executor.shutdown()
         self._sampling.shutdown(cancel_futures=True)
         self._pool.shutdown()

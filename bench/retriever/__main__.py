@@ -184,20 +184,22 @@ def _changes(case: Case, bare: list[bytes], scratch: Path) -> Iterator[Row]:
     yield case.row("changes", "durable upserts, batches of 100", measured.upserts_per_s, "documents/s")
     yield case.row("changes", "durable upserts, one at a time", measured.single_upserts_per_s, "documents/s")
     yield case.row("changes", "compaction", measured.compaction_s, "s")
-    loads = {
-        "idle": (measured.idle, None),
-        "upserting": (measured.upserting, measured.idle),
-        "compacting for the first time": (measured.first_compacting, None),
-        "idle, compacted": (measured.compacted, None),
-        "compacting again": (measured.compacting, measured.compacted),
-    }
-    for name, (load, idle) in loads.items():
+    # While it is upserted to, the corpus grows to many times its size: searches are slower by that alone.
+    before, after = ("idle", measured.idle), ("idle, compacted", measured.compacted)
+    loads = [
+        ("idle", measured.idle, ()),
+        ("upserting", measured.upserting, (before, after)),
+        ("compacting for the first time", measured.first_compacting, ()),
+        ("idle, compacted", measured.compacted, ()),
+        ("compacting again", measured.compacting, (after,)),
+    ]
+    for name, load, others in loads:
         p99_ms = load.quantile_ms(0.99)
         yield case.row("changes", f"search while {name}, p50", load.quantile_ms(0.5), "ms")
         yield case.row("changes", f"search while {name}, p99", p99_ms, "ms")
-        if idle is not None:
+        for other, idle in others:
             ratio = p99_ms / idle.quantile_ms(0.99)
-            yield case.row("changes", f"search while {name}, p99 to idle", ratio, "ratio", "at most 2")
+            yield case.row("changes", f"search while {name}, p99 to {other}", ratio, "ratio", "at most 2")
 
 
 def _against_hugging_face(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import signal
 import subprocess
@@ -129,6 +130,7 @@ def requests(questions: Floats, texts: Sequence[str], *, contexts: bool, size: i
 def ask(address: str, asked: Sequence[bytes], *, clients: int, seconds: float, pause_s: float = 0.0) -> Load:
     """Each client asks, waits for the answer, pauses and asks again, for so many seconds; a fifth more warms up.
 
+    Pauses are of 0 to twice `pause_s`: clients that pause alike, once answered together, come together ever after.
     The clients share a core with the service: they send and keep bytes, and read them once all is over.
     """
     return asyncio.run(ask_until(address, asked, clients, seconds, seconds / 5, pause_s))
@@ -156,12 +158,15 @@ async def ask_until(
     calls = [channel.unary_unary(_RETRIEVE) for channel in channels]
     latencies: list[float] = []
     answers: dict[int, bytes] = {}
+    await asyncio.gather(*(channel.channel_ready() for channel in channels))
     began_s = time.perf_counter() + warm_up_s
     ends_s = began_s + seconds
 
     async def client(number: int) -> None:
         retrieve = calls[number % len(calls)]
         position = number
+        chance = random.Random(number)
+        await asyncio.sleep(chance.uniform(0, 2 * pause_s))
         while stopped is None or not stopped.is_set():
             sent_s = time.perf_counter()
             if sent_s >= ends_s:
@@ -174,7 +179,7 @@ async def ask_until(
                 answers.setdefault(position % len(asked), answer)
             position += clients
             if pause_s:
-                await asyncio.sleep(pause_s)
+                await asyncio.sleep(chance.uniform(0, 2 * pause_s))
 
     try:
         await asyncio.gather(*(client(number) for number in range(clients)))

@@ -2,7 +2,6 @@
 
 import datetime as dt
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from retriever_service.errors import BuildError, CompactionError
 from retriever_service.index import snapshot
 from retriever_service.index.faiss_index import FaissBuilder
 from retriever_service.index.manifest import Manifest
-from retriever_service.niceness import give_way
 from retriever_service.store.live import LiveStore
 from retriever_service.types import Float32Array, Int64Array
 
@@ -44,10 +42,7 @@ def write_snapshot(
     try:
         with snapshot.compacting(root) as work:
             index_file = work / snapshot.INDEX_FILE
-            with ThreadPoolExecutor(1, "compact", initializer=give_way) as thread:
-                thread.submit(
-                    _write_index, store, rows, serving, index_file, knobs, progress, cancelled
-                ).result()
+            _write_index(store, rows, serving, index_file, knobs, progress, cancelled)
             progress("publish", 0, 1)
             np.save(work / snapshot.ROWS_FILE, rows, allow_pickle=False)
             manifest = Manifest(

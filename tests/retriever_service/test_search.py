@@ -1,6 +1,7 @@
 """Filters, thresholds, re-scoring and live recall: what is searched, and how exactly."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,17 @@ async def test_exhaustive_index_and_a_rate_of_zero_are_never_sampled(
         async with retrieving(snapshots(kind, nprobe=1), recall_sample_rate=rate) as retriever:
             await retriever.retrieve(query())
             assert (await sampled(retriever))[0] == 0
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+async def test_a_retriever_that_closes_waits_for_a_sample_beside_other_answers(
+    retrieving: Retrieving, snapshots: Build
+) -> None:
+    ended = threading.Event()
+    async with retrieving(snapshots("IVF16,Flat"), recall_sample_rate=1.0) as retriever:
+        retriever._sampling.submit(ended.wait, 20)
+        closing = asyncio.create_task(retriever.close())
+        await asyncio.sleep(0.1)  # of the event loop, which others are answered in
+        assert not closing.done()
+        ended.set()
+        await closing
