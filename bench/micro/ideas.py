@@ -110,30 +110,25 @@ def separate_rows(candidates: Sequence[Sequence[int]], device: torch.device) -> 
 _build_tree = rag_sequence.build_tree  # separate_rows stands in its place
 
 
-def attention_by_row(copies: bool) -> Callable[..., Tensor]:
-    """attention.cross_attention with each row reading its context for itself; from a copy of its own, if asked."""
-
-    def cross_attention(
-        query: Tensor, batch: RowBatch, layer: int, heads: int, *, scale: float | None
-    ) -> Tensor:
-        out = torch.empty_like(query)
-        for block, start, _ in batch.spans():
-            rows = int(block.token_ids.shape[0])
-            for index, context in enumerate(block.contexts):
-                if context.keys is None or context.values is None:
-                    raise TypeError("a backbone that keeps no keys and values")
-                low = start + index * rows
-                part = query[low : low + rows].view(rows, heads, 1, -1)
-                keys, values = (
-                    part[layer].expand(rows, -1, -1, -1) for part in (context.keys, context.values)
-                )
-                if copies:
-                    keys, values = keys.contiguous(), values.contiguous()
-                attended = F.scaled_dot_product_attention(part, keys, values, scale=scale)
-                out[low : low + rows] = attended.flatten(1)
-        return out
-
-    return cross_attention
+def attention_by_row(
+    query: Tensor, batch: RowBatch, layer: int, heads: int, *, scale: float | None
+) -> Tensor:
+    """As attention.cross_attention, but each row reads a copy of its context's keys and values of its own."""
+    out = torch.empty_like(query)
+    for block, start, _ in batch.spans():
+        rows = int(block.token_ids.shape[0])
+        for index, context in enumerate(block.contexts):
+            if context.keys is None or context.values is None:
+                raise TypeError("a backbone that keeps no keys and values")
+            low = start + index * rows
+            part = query[low : low + rows].view(rows, heads, 1, -1)
+            keys, values = (
+                states[layer].expand(rows, -1, -1, -1).contiguous()
+                for states in (context.keys, context.values)
+            )
+            attended = F.scaled_dot_product_attention(part, keys, values, scale=scale)
+            out[low : low + rows] = attended.flatten(1)
+    return out
 
 
 def mixed_as_logarithms(
@@ -150,13 +145,8 @@ def _plain_linears(module: nn.Module, _: Quantization) -> nn.Module:
 IDEAS = (
     Idea("contexts without pads", questions=padded, exact=False),
     Idea(
-        "keys and values read once for all rows of a context",
-        off=lambda: patch.object(attention, "cross_attention", attention_by_row(copies=False)),
-        devices=("cpu",),
-    ),
-    Idea(
         "keys and values read once, and never copied for a row",
-        off=lambda: patch.object(attention, "cross_attention", attention_by_row(copies=True)),
+        off=lambda: patch.object(attention, "cross_attention", attention_by_row),
         devices=("cpu",),
     ),
     Idea(

@@ -42,7 +42,7 @@ class Served:
     ready_after_s: float
 
     def memory_mib(self) -> float:
-        """Resident memory that is its own, in MiB; pages of a mapped file that others could take are left out."""
+        """Resident memory that no other process shares, in MiB: pages of a file that it alone has mapped, too."""
         found = psutil.Process(self.process.pid).memory_full_info()
         return found.uss / 2**20
 
