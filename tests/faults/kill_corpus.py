@@ -57,6 +57,16 @@ class KilledCorpus:
             build_tiny(root / name, documents, index_kind)
             self.texts[name] = {one["key"]: one["text"] for one in documents}
 
+    def kill_often(self, kills: int, *, say: bool) -> collections.Counter[str]:
+        """Kills so many processes, in each kind of change in turn; returns how often each was under way."""
+        counts: collections.Counter[str] = collections.Counter()
+        for number in range(kills):
+            counts.update(self.kill_during(KINDS[number % len(KINDS)]) or ["between changes"])
+            if say and (number + 1) % 20 == 0:
+                print(f"{number + 1} kills, {self.acknowledged} acknowledged, {dict(counts)}", flush=True)
+        counts["acknowledged"] = self.acknowledged
+        return counts
+
     def kill_during(self, kind: str) -> list[str]:
         """Starts a process, kills it in or soon after a change of this kind, and checks what is left.
 
@@ -234,12 +244,4 @@ def _texts_of(corpus: Corpus) -> dict[str, str]:
 def run(root: Path, kills: int, seed: int, *, say: bool = False) -> collections.Counter[str]:
     """Kills so many processes; returns how often each kind of change was under way. Raises AssertionError."""
     set_num_threads(1)
-    corpus = KilledCorpus(root, seed)
-    counts: collections.Counter[str] = collections.Counter()
-    for number in range(kills):
-        under_way = corpus.kill_during(KINDS[number % len(KINDS)])
-        counts.update(under_way or ["between changes"])
-        if say and (number + 1) % 20 == 0:
-            print(f"{number + 1} kills, {corpus.acknowledged} acknowledged, {dict(counts)}", flush=True)
-    counts["acknowledged"] = corpus.acknowledged
-    return counts
+    return KilledCorpus(root, seed).kill_often(kills, say=say)

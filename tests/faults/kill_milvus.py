@@ -11,7 +11,7 @@ from typing import Any
 from retriever_service.corpus.base import Corpus
 from retriever_service.index.faiss_index import set_num_threads
 from tests.faults.changing_milvus import change_until_killed, open_library
-from tests.faults.kill_corpus import KINDS, KilledCorpus
+from tests.faults.kill_corpus import KilledCorpus
 from tests.retriever_service.milvus_server import MilvusServer
 
 # Each is imported by the first activation that names it.
@@ -73,13 +73,7 @@ def run(root: Path, kills: int, seed: int, *, say: bool = False) -> collections.
     """Kills so many processes; returns how often each kind of change was under way. Raises AssertionError."""
     set_num_threads(1)
     corpus = KilledMilvus(root, seed)
-    counts: collections.Counter[str] = collections.Counter()
     try:
-        for number in range(kills):
-            counts.update(corpus.kill_during(KINDS[number % len(KINDS)]) or ["between changes"])
-            if say and (number + 1) % 20 == 0:
-                print(f"{number + 1} kills, {corpus.acknowledged} acknowledged, {dict(counts)}", flush=True)
+        return corpus.kill_often(kills, say=say)
     finally:
         corpus.stop()
-    counts["acknowledged"] = corpus.acknowledged
-    return counts
