@@ -32,7 +32,7 @@ help: ## list the targets
 .PHONY: venv
 venv: $(VENV_STAMP) ## create .venv with the locked dependencies (TORCH_INDEX_URL= picks another torch build)
 
-$(VENV_STAMP): pyproject.toml constraints.txt setup.py
+$(VENV_STAMP): pyproject.toml constraints.txt setup.py generator_service/model/cpu_kernels.cpp
 	$(call say,"creating $(VENV) with $(PYTHON)")
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 13) else f"Python 3.11 or 3.12 is needed, {sys.executable} is {sys.version.split()[0]}: set PYTHON=…")'
 	@test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV) || { echo "no venv module: on Debian or Ubuntu, apt install python3.11-venv"; exit 1; }

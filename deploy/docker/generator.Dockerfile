@@ -2,6 +2,12 @@
 # Build from the project's root: docker build -f deploy/docker/generator.Dockerfile -t ragpair-generator:0.1.0 .
 FROM python:3.11-slim AS build
 
+# For generator_service/model/cpu_kernels.cpp.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+
 # Where torch alone comes from (a CPU or CUDA build); empty takes the default package index.
 ARG TORCH_INDEX_URL=
 ARG TORCH_VERSION=2.13.0

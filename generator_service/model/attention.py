@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generator_service.model import cpu_kernels
 from generator_service.model.backbone import RowBatch
 from generator_service.model.paged.rows import PagedRows
 
@@ -68,8 +69,14 @@ def self_attention(
     if isinstance(batch, PagedRows):
         return batch.self_attention(qkv, layer, heads, scale=scale)
     inner = qkv.shape[1] // 3
-    out = torch.empty_like(qkv[:, :inner])
+    out = torch.empty((qkv.shape[0], inner), dtype=qkv.dtype, device=qkv.device)
+    native = cpu_kernels.can_attend(qkv, inner // heads)
     for (block, start, end), mask in zip(batch.spans(), masks, strict=True):
+        if native:
+            slots = block.cache.num_slots
+            keys, values = block.cache.keys[layer], block.cache.values[layer]
+            cpu_kernels.self_attention(qkv[start:end], keys, values, slots, mask, scale, out[start:end])
+            continue
         # [contexts * rows, 3 * inner] -> three of [contexts, heads, rows, head_dim]
         parts = qkv[start:end].view(len(block.contexts), -1, 3, heads, inner // heads).permute(2, 0, 3, 1, 4)
         keys, values = block.cache.write(layer, parts[1], parts[2])
@@ -82,6 +89,8 @@ def cross_attention(query: Tensor, batch: RowBatch, layer: int, heads: int, *, s
     """Attention of rows to their context: query [rows, inner] -> [rows, inner]. No pads, so no masks."""
     if isinstance(batch, PagedRows):
         return batch.cross_attention(query, layer, heads, scale=scale)
+    if cpu_kernels.can_attend(query, query.shape[1] // heads):
+        return _cross_attention_at_once(query, batch, layer, heads, scale)
     out = torch.empty_like(query)
     for block, start, _ in batch.spans():
         rows = int(block.token_ids.shape[0])
@@ -96,6 +105,26 @@ def cross_attention(query: Tensor, batch: RowBatch, layer: int, heads: int, *, s
             attended = _attend_context(part, keys, values, scale)
             out[low : low + rows].view(rows, heads, -1).copy_(attended.transpose(0, 1))
     return out
+
+
+def _cross_attention_at_once(
+    query: Tensor, batch: RowBatch, layer: int, heads: int, scale: float | None
+) -> Tensor:
+    """As cross_attention, in one call for all contexts."""
+    states: list[tuple[Tensor, Tensor]] = []
+    counts: list[int] = []
+    for block, start, _ in batch.spans():
+        rows = int(block.token_ids.shape[0])
+        for index, context in enumerate(block.contexts):
+            assert context.keys is not None
+            assert context.values is not None
+            states.append((context.keys, context.values))
+            counts.append(rows)
+            if block.cross_attention is not None:
+                low = start + index * rows
+                part = query[low : low + rows].view(rows, heads, -1).transpose(0, 1)
+                block.cross_attention.add(index, part, context.keys[layer], scale)
+    return cpu_kernels.cross_attention(query, states, counts, layer, scale)
 
 
 def _attend_context(query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from generator_service.model import cpu_kernels
 from generator_service.types import Quantization
 
 _PACKED_FOR_ROWS = 32
@@ -56,6 +57,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """float [..., in] -> float32 [..., out]."""
         rows = x.reshape(-1, x.shape[-1])
+        product: nn.Module = self.product
+        if isinstance(product, _FusedProduct) and cpu_kernels.library() is not None:
+            unsigned, scale = cpu_kernels.quantize(rows)
+            return cpu_kernels.scale_(product.of_bytes(unsigned), scale, self.bias).view(*x.shape[:-1], -1)
         scale = _scale(rows)
         out: Tensor = self.product((rows * scale.reciprocal()).round_().to(torch.int8))
         out = out.mul_(scale) if self.bias is None else torch.addcmul(self.bias, out, scale, out=out)
@@ -74,7 +79,10 @@ class _FusedProduct(nn.Module):
         self.scale, self.zero_points = scale[:, 0].contiguous(), torch.zeros(len(scale), dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
-        unsigned = x.view(torch.uint8).bitwise_xor_(128)
+        return self.of_bytes(x.view(torch.uint8).bitwise_xor_(128))
+
+    def of_bytes(self, unsigned: Tensor) -> Tensor:
+        """uint8 [rows, in], 128 more than the int8 of each -> float32 [rows, out]."""
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             unsigned,
             1.0,

@@ -130,7 +130,7 @@ class T5Backbone(AttentionBackbone):
                 hidden.dtype
             )
             mask = attention.ancestry_mask(block.ancestry, hidden.dtype)
-            masks.append(bias.contiguous() if mask is None else bias + mask)
+            masks.append((bias if mask is None else bias + mask).contiguous())
         for layer in self.decoder_layers:
             hidden = layer(hidden, batch, masks)
         return cast(Tensor, self.decoder_norm(hidden))

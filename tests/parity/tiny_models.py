@@ -65,6 +65,8 @@ _T5: dict[str, Any] = {
     "decoder_start_token_id": 0,
     "bos_token_id": None,  # RagSequence's get_nll reads it, and T5Config has none of its own
 }
+_WIDE_HEADS = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+"""Heads wide enough for the attention of cpu_kernels; the other models' go through torch's."""
 _BART_IDS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 
 
@@ -102,7 +104,7 @@ class TinyRag:
 
 
 def _bart() -> Any:
-    config = BartConfig(**_BART, **_BART_IDS, decoder_start_token_id=2)
+    config = BartConfig(**_BART | _WIDE_HEADS, **_BART_IDS, decoder_start_token_id=2)
     return BartForConditionalGeneration(config)
 
 
@@ -112,7 +114,7 @@ def _bart_scaled() -> Any:
 
 
 def _t5() -> Any:
-    return T5ForConditionalGeneration(T5Config(**_T5, pad_token_id=0))
+    return T5ForConditionalGeneration(T5Config(**_T5 | {"d_kv": 16}, pad_token_id=0))
 
 
 def _t5_pad3() -> Any:
