@@ -89,8 +89,9 @@ class GeneratorSettings(ServiceSettings):
     max_step_context_tokens: int = Field(4096, ge=1, description="context tokens encoded in one step")
     batching: Batching = Field(
         Batching.CONTINUOUS,
-        description="CONTINUOUS lets questions join and leave at each step; GATHER runs one batch to its end before the"
-        " next, as a dynamic batcher would: there for comparison (make load), not for service",
+        description="CONTINUOUS lets questions join and leave at each step; GATHER runs one batch to its end and"
+        " answers it whole before the next, as a dynamic batcher would, GATHER_EARLY gives each of its answers when it"
+        " is there: both for comparison (make load), not for service",
     )
     heartbeat_s: float = Field(1.0, gt=0, description="seconds between a worker's signs of life")
     heartbeat_timeout_s: float = Field(

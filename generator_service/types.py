@@ -29,10 +29,14 @@ class Compatibility(Enum):
 
 
 class Batching(Enum):
-    """When waiting questions join those that run: at any step, or only once all of these are answered."""
+    """When waiting questions join those that run: at any step, or only once all of these are answered.
+
+    GATHER hands a batch's answers over together, as a call of generate does; GATHER_EARLY each when it is there.
+    """
 
     CONTINUOUS = "CONTINUOUS"
     GATHER = "GATHER"
+    GATHER_EARLY = "GATHER_EARLY"
 
 
 class EarlyStopping(Enum):

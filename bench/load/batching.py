@@ -86,7 +86,10 @@ class Row:
 async def measure(
     addresses: dict[Batching, str], make: MakeAsks, plan: Plan, workload: str, console: Console
 ) -> list[Row]:
-    """Capacity of both, then both at shares of continuous batching's; both at once, at the same moments."""
+    """Capacity of both, then both at shares of continuous batching's; both at once, at the same moments.
+
+    Addresses are CONTINUOUS's and a gathering policy's.
+    """
     async with AsyncExitStack() as stack:
         drivers = {
             policy: await stack.enter_async_context(connect(address)) for policy, address in addresses.items()
@@ -121,10 +124,11 @@ def _rows(
     is_short = [ask.answer_length is not None and ask.answer_length <= SHORT for ask in asks]
     sums = {policy: summarize(found) for policy, found in outcomes.items()}
     shorts = {policy: summarize(list(compress(found, is_short))) for policy, found in outcomes.items()}
-    gather, gather_short = sums[Batching.GATHER], shorts[Batching.GATHER]
+    (gathering,) = sums.keys() - {Batching.CONTINUOUS}
+    gather, gather_short = sums[gathering], shorts[gathering]
     rows = []
     for policy, one in sums.items():
-        compared = policy is not Batching.GATHER
+        compared = policy is Batching.CONTINUOUS
         rows.append(
             Row(
                 **case,
@@ -162,7 +166,7 @@ async def _capacity(drivers: dict[Batching, Driver], requests: Sequence[bytes]) 
 
 @contextmanager
 def contexts_workload(
-    model: str, folder: Path, threads: int
+    model: str, policies: Sequence[Batching], folder: Path, threads: int
 ) -> Iterator[tuple[dict[Batching, str], MakeAsks]]:
     """Questions with random contexts, for a generator of random weights."""
     config = checkpoint.save(model, folder / "generator")
@@ -171,13 +175,13 @@ def contexts_workload(
     def make(count: int, seed: int) -> list[Ask]:
         return [Ask(q.request(), q.answer_length) for q in draw(Mix(), count, config.vocab_size, seed)]
 
-    with generators(flags, tuple(Batching), folder / "logs", threads) as addresses:
+    with generators(flags, policies, folder / "logs", threads) as addresses:
         yield addresses, make
 
 
 @contextmanager
 def pair_workload(
-    folder: Path, threads: int, console: Console
+    policies: Sequence[Batching], folder: Path, threads: int, console: Console
 ) -> Iterator[tuple[dict[Batching, str], MakeAsks]]:
     """The demo's questions as texts, through its retriever; answers end where the checkpoint ends them."""
     lines = (DEMO / "questions.jsonl").read_text("utf-8").splitlines()
@@ -195,7 +199,7 @@ def pair_workload(
 
     with (
         demo_retriever(folder / "logs", console) as (_, flags),
-        generators(flags, tuple(Batching), folder / "logs", threads) as addresses,
+        generators(flags, policies, folder / "logs", threads) as addresses,
     ):
         yield addresses, make
 
@@ -210,17 +214,25 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=max(1, num_cores() // 2), help="of each of the two generators"
     )
+    parser.add_argument(
+        "--baseline",
+        type=Batching,
+        choices=[Batching.GATHER, Batching.GATHER_EARLY],
+        default=Batching.GATHER,
+        help="answers of a batch together, or each when it is there",
+    )
     parser.add_argument("--seconds", type=float, help="of arrivals at each load")
     arguments = parser.parse_args()
     plan = Plan(96, 45.0) if arguments.quick else Plan(400, 240.0)
     plan = Plan(plan.capacity_questions, arguments.seconds or plan.seconds)
+    policies = (Batching.CONTINUOUS, arguments.baseline)
     console = Console(width=200)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if arguments.workload == "pair":
-            workload = pair_workload(folder, arguments.threads, console)
+            workload = pair_workload(policies, folder, arguments.threads, console)
         else:
-            workload = contexts_workload(arguments.model, folder, arguments.threads)
+            workload = contexts_workload(arguments.model, policies, folder, arguments.threads)
         with workload as (addresses, make):
             rows = asyncio.run(measure(addresses, make, plan, arguments.workload, console))
     found = [asdict(row) for row in rows]

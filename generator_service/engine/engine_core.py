@@ -13,6 +13,7 @@ from generator_service.engine.pass_messages import ForwardPass, QuestionPass, Re
 from generator_service.engine.pass_runner import PassRefusedError
 from generator_service.engine.request import Request, RequestState
 from generator_service.engine.scheduler import Schedule, Scheduler, SchedulerLimits
+from generator_service.types import Batching
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class EngineCore:
             page_slots=runner.backbone.page_slots,
         )
         self._scheduler = Scheduler(self._cache, limits)
+        self._answers_together = limits.batching is Batching.GATHER
+        self._held: list[Report] = []
         self._steps = 0
         self._tokens = 0
         self._part_s: dict[str, float] = defaultdict(float)
@@ -78,6 +81,24 @@ class EngineCore:
 
     def step(self) -> list[Report]:
         """One step of everything that runs; what came out of it."""
+        reports = self._step()
+        return self._hold(reports) if self._answers_together else reports
+
+    def stats(self) -> Stats:
+        """What the engine holds now and has done so far."""
+        return Stats(
+            waiting=len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            rows=self._scheduler.num_rows,
+            cache_bytes=self._cache.reserved_bytes,
+            cache_budget_bytes=self._cache.budget_bytes,
+            steps=self._steps,
+            step_s=dict(self._part_s),
+            tokens=self._tokens,
+            at_s=time.monotonic(),
+        )
+
+    def _step(self) -> list[Report]:
         started = time.perf_counter()
         schedule = self._scheduler.schedule()
         self._part_s["schedule"] += time.perf_counter() - started
@@ -104,19 +125,15 @@ class EngineCore:
             self._part_s[part] += seconds
         return reports + self._reports(schedule, outcome)
 
-    def stats(self) -> Stats:
-        """What the engine holds now and has done so far."""
-        return Stats(
-            waiting=len(self._scheduler.waiting),
-            running=len(self._scheduler.running),
-            rows=self._scheduler.num_rows,
-            cache_bytes=self._cache.reserved_bytes,
-            cache_budget_bytes=self._cache.budget_bytes,
-            steps=self._steps,
-            step_s=dict(self._part_s),
-            tokens=self._tokens,
-            at_s=time.monotonic(),
-        )
+    def _hold(self, reports: list[Report]) -> list[Report]:
+        """Keep answers until their batch is through."""
+        released: list[Report] = []
+        for report in reports:
+            (self._held if isinstance(report, Generated | Scored) else released).append(report)
+        if not self._scheduler.running:
+            released += self._held
+            self._held = []
+        return released
 
     def _reports(self, schedule: Schedule, outcome: StepOutcome) -> list[Report]:
         reports: list[Report] = [

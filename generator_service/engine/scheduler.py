@@ -25,8 +25,8 @@ class SchedulerLimits:
     A level of priority is worth priority_step_s seconds of waiting. Large requests leave some rows to small ones, as
     they do with the cache (see Room); one that is wider than max_rows counts as the widest that does. A request that
     does not fit is passed by smaller ones behind it, by max_passes of them at most; then room is kept for it.
-    Batching.GATHER is the classic dynamic batcher, there to compare with: whatever waits and fits runs as one batch,
-    and nothing joins until it is through.
+    Batching.GATHER and GATHER_EARLY are the classic dynamic batcher, there to compare with: whatever waits and fits
+    runs as one batch, and nothing joins until it is through.
     """
 
     max_rows: int = 1024
@@ -129,7 +129,7 @@ class Scheduler:
     def _admit(self, schedule: Schedule) -> None:
         """Let in what fits, in the queue's order; what does not is passed by smaller ones, but not for ever."""
         rows, tokens = self._rows(), 0
-        gathers = self._limits.batching is Batching.GATHER
+        gathers = self._limits.batching is not Batching.CONTINUOUS
         closed = gathers and bool(self.running)
         max_tokens = float("inf") if gathers else self._limits.max_context_tokens
         blocked: list[Request] = []

@@ -167,7 +167,11 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny"
 
 
-def test_both_policies_answer_everything_at_the_same_moments(tiny: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gathering", [Batching.GATHER, Batching.GATHER_EARLY])
+def test_both_policies_answer_everything_at_the_same_moments(
+    gathering: Batching, tiny: str, tmp_path: Path
+) -> None:
+    policies = (Batching.CONTINUOUS, gathering)
     config = checkpoint.save(tiny, tmp_path / "generator")
     flags = flags_of_generator(tmp_path / "generator")
     mix = Mix(answer_lengths=(2, 5), shares=(0.5, 0.5), n_docs=2, context_length=(5, 9))
@@ -175,12 +179,12 @@ def test_both_policies_answer_everything_at_the_same_moments(tiny: str, tmp_path
     def make(count: int, seed: int) -> list[batching.Ask]:
         return [batching.Ask(q.request(), q.answer_length) for q in draw(mix, count, config.vocab_size, seed)]
 
-    with generators(flags, tuple(Batching), tmp_path / "logs", threads=1) as addresses:
+    with generators(flags, policies, tmp_path / "logs", threads=1) as addresses:
         rows = asyncio.run(
             batching.measure(addresses, make, batching.Plan(8, 0.8), "contexts", Console(quiet=True))
         )
     assert [(r.batching, r.load) for r in rows] == [
-        (policy.value, load) for load in (0.5, 0.7) for policy in Batching
+        (policy.value, load) for load in (0.5, 0.7) for policy in policies
     ]
     assert all(r.answered == r.sent > 0 and not r.errors for r in rows)
     assert all(r.p50_ms <= r.p90_ms <= r.p99_ms for r in rows)

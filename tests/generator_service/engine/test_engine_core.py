@@ -14,13 +14,15 @@ from generator_service.engine.engine_core import EngineCore
 from generator_service.engine.messages import Failed, GenerateAnswer, Generated, Report
 from generator_service.engine.model_runner import ModelRunner, _blocks
 from generator_service.engine.scheduler import SchedulerLimits
-from generator_service.types import Compatibility, GenerationSettings, SequenceDecoding, Strategy
+from generator_service.types import Batching, Compatibility, GenerationSettings, SequenceDecoding, Strategy
 from tests.parity.tiny_models import tiny_rag
 
 
-def core(budget_bytes: int = 10**9, family: str = "bart") -> EngineCore:
+def core(
+    budget_bytes: int = 10**9, family: str = "bart", batching: Batching = Batching.CONTINUOUS
+) -> EngineCore:
     runner = ModelRunner(tiny_rag(family).backbone, None, torch.device("cpu"))
-    return EngineCore(runner, cache_budget_bytes=budget_bytes, limits=SchedulerLimits())
+    return EngineCore(runner, cache_budget_bytes=budget_bytes, limits=SchedulerLimits(batching=batching))
 
 
 def work(request_id: int, **changes: Any) -> GenerateAnswer:
@@ -58,6 +60,37 @@ def test_every_request_gets_one_report() -> None:
     assert all(isinstance(r, Generated) for r in reports)
     assert sorted(r.request_id for r in reports if isinstance(r, Generated)) == list(range(5))
     assert engine.stats().running == 0
+
+
+@pytest.mark.parametrize(
+    ("batching", "together"),
+    [(Batching.CONTINUOUS, False), (Batching.GATHER, True), (Batching.GATHER_EARLY, False)],
+)
+def test_gathering_answers_a_batch_together_or_each_when_it_is_there(
+    batching: Batching, together: bool
+) -> None:
+    engine = core(batching=batching)
+    for request_id, length in enumerate((3, 8, 5)):
+        settings = msgspec.structs.replace(work(0).settings, max_length=length, min_length=length)
+        engine.add_request(work(request_id, settings=settings))
+    steps = []
+    while engine.has_work():
+        answers = [r.request_id for r in engine.step() if isinstance(r, Generated)]
+        steps += [answers] if answers else []
+    assert sorted(one for answers in steps for one in answers) == [0, 1, 2]
+    assert (len(steps) == 1) == together
+
+
+def test_a_batch_whose_last_question_is_aborted_is_answered() -> None:
+    engine = core(batching=Batching.GATHER)
+    settings = msgspec.structs.replace(work(0).settings, max_length=3)
+    engine.add_request(work(0, settings=settings))
+    engine.add_request(work(1))
+    while engine.stats().running != 1:
+        assert engine.step() == []
+    engine.abort(1)
+    assert [r.request_id for r in engine.step()] == [0]
+    assert not engine.has_work()
     assert engine.stats().cache_bytes == 0
     assert engine.stats().tokens > 0
 

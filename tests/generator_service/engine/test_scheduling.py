@@ -264,8 +264,9 @@ def test_questions_to_encode_go_before_waiting_answers() -> None:
     assert [r.request_id for r in schedule.admit] == [1]
 
 
-def test_gathering_admits_nothing_until_the_whole_batch_is_answered() -> None:
-    plan = scheduler(batching=Batching.GATHER, max_context_tokens=30)
+@pytest.mark.parametrize("batching", [Batching.GATHER, Batching.GATHER_EARLY])
+def test_gathering_admits_nothing_until_the_whole_batch_is_answered(batching: Batching) -> None:
+    plan = scheduler(batching=batching, max_context_tokens=30)
     batch = [question(i, lengths=(20, 20)) for i in range(3)]
     for request in batch:
         plan.add_request(request)
