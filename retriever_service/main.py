@@ -34,7 +34,12 @@ from retriever_service.corpus_wire import ChangeLimits
 from retriever_service.follower import Follower
 from retriever_service.generations import Generations
 from retriever_service.index.base import VectorIndex
-from retriever_service.index.faiss_index import default_num_threads, multiply_batches, set_num_threads
+from retriever_service.index.faiss_index import (
+    ask_nobody_to_stop,
+    default_num_threads,
+    multiply_batches,
+    set_num_threads,
+)
 from retriever_service.index.manifest import Embedding, Manifest
 from retriever_service.maintenance import Encoder, Maintenance
 from retriever_service.metrics import RetrieverMetrics
@@ -189,6 +194,7 @@ def _retriever(
 ) -> Retriever:
     threads = settings.search_threads or search_threads(generation.index)
     multiply_batches(threads)
+    ask_nobody_to_stop()
     search_executor = ThreadPoolExecutor(
         generation.index.parallel_searches, "search", initializer=set_num_threads, initargs=(threads,)
     )

@@ -272,6 +272,15 @@ def set_num_threads(num_threads: int) -> None:
     faiss.omp_set_num_threads(num_threads)
 
 
+def ask_nobody_to_stop() -> None:
+    """Has faiss go through every search without asking Python whether to stop, in the whole process.
+
+    It asks between the questions of a search, holding the interpreter's lock, which takes longer than the search where
+    others run; and only the main thread would ever learn of a signal.
+    """
+    _faiss.InterruptCallback.clear_instance()
+
+
 def multiply_batches(num_threads: int) -> None:
     """Has faiss multiply matrices for batches of fewer questions than it would by itself, in the whole process.
 

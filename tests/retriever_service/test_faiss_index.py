@@ -13,6 +13,7 @@ from retriever_service.index import faiss_index
 from retriever_service.index.faiss_index import (
     FaissBuilder,
     FaissIndex,
+    ask_nobody_to_stop,
     default_num_threads,
     multiply_batches,
     normalized_kind,
@@ -162,6 +163,7 @@ def faiss_settings() -> Iterator[Any]:
     set_num_threads(threads)
     for name, value in before.items():
         setattr(found, name, value)
+    faiss.PythonInterruptCallback.reset()  # type: ignore[attr-defined]  # not in its stubs
 
 
 @pytest.mark.parametrize("metric", list(Metric))
@@ -175,6 +177,13 @@ def test_multiplied_batch_has_the_rows_that_its_questions_have_alone(
     rows, scores = index.search(QUESTIONS, 7, SearchParameters())
     np.testing.assert_array_equal(rows, np.concatenate([found for found, _ in alone]))
     np.testing.assert_allclose(scores, np.concatenate([found for _, found in alone]), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_asked_in_the_middle_of_a_search(faiss_settings: Any) -> None:
+    callback: Any = faiss.InterruptCallback  # type: ignore[attr-defined]  # not in its stubs
+    asked_each_time = callback.get_period_hint(1000)
+    ask_nobody_to_stop()
+    assert callback.get_period_hint(1000) == 1 << 30 != asked_each_time
 
 
 def test_few_threads_multiply_small_batches_and_many_leave_it_to_faiss(faiss_settings: Any) -> None:
