@@ -44,12 +44,12 @@ class _Waiting:
 class SearchBatcher:
     """Searches for many requests at once, in a thread; one search at a time, or one for each copy of the index.
 
-    While searches run, requests gather for the next. Where they come close together, those that a search has just
-    answered ask again: the next one waits until they are back, for a search of all takes little more than one of
-    half of them. A request that comes alone is searched at once. A request that was cancelled while it waited
-    is dropped, and a search ends with the last of its requests where the index can end one (WorkLimit); where
-    a shared search fails, each of its requests is searched alone, so that only the one at fault fails. All
-    methods belong to the event loop's thread.
+    While searches run, requests gather for the next; a whole batch lies ready behind the search that runs. Where they
+    come close together, those that a search has just answered ask again: the next one waits until they are back, for
+    a search of all takes little more than one of half of them. A request that comes alone is searched at once. One
+    that was cancelled while it waited is dropped, and a search ends with the last of its requests where the index
+    can end one (WorkLimit); where a shared search fails, each of its requests is searched alone, so that only the
+    one at fault fails. All methods belong to the event loop's thread.
     """
 
     def __init__(
@@ -71,10 +71,11 @@ class SearchBatcher:
         self._window_s = window_s
         self._max_batch = max_batch
         self._queue: deque[_Waiting] = deque()
-        self._arrived = asyncio.Event()
+        self._changed = asyncio.Event()
         self._gathered_last = 1
         self._last_search_s = 0.0
-        self._workers: list[asyncio.Task[None]] = []
+        self._dispatcher: asyncio.Task[None] | None = None
+        self._served: set[asyncio.Task[None]] = set()
 
     async def search(
         self,
@@ -99,15 +100,15 @@ class SearchBatcher:
         For a single question that comes alone, also what `finish` makes of its rows, in the same thread: handing
         them to another one takes longer than most of what is left to do. None where others wait.
         """
-        while len(self._workers) < self._index.parallel_searches:
-            self._workers.append(asyncio.create_task(self._work(), name="search batcher"))
+        if self._dispatcher is None:
+            self._dispatcher = asyncio.create_task(self._dispatch(), name="search batcher")
         found: asyncio.Future[tuple[Int64Array, FinishedT | None]]
         found = asyncio.get_running_loop().create_future()
         waiting = _Waiting(
             vectors, n_docs, parameters, selection, found, time.monotonic(), finish, request_deadline_s()
         )
         self._queue.append(waiting)
-        self._arrived.set()
+        self._changed.set()
         try:
             return await found
         except asyncio.CancelledError:
@@ -117,23 +118,41 @@ class SearchBatcher:
 
     async def close(self) -> None:
         """Stops; requests still waiting are cancelled."""
-        for worker in self._workers:
-            worker.cancel()
-        await asyncio.gather(*self._workers, return_exceptions=True)
+        running = [*self._served] if self._dispatcher is None else [self._dispatcher, *self._served]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         while self._queue:
             self._queue.popleft().found.cancel()
 
-    async def _work(self) -> None:
+    async def _dispatch(self) -> None:
         while True:
-            await self._arrived.wait()
-            if self._window_s > 0:
-                await self._gather()
-            batch = self._take()
-            if batch:
-                self._gathered_last = len(batch)
-                await self._serve(batch)
-            if not self._queue:
-                self._arrived.clear()
+            await self._changed.wait()
+            self._changed.clear()
+            while self._queue and self._may_start():
+                if self._window_s > 0:
+                    await self._gather()
+                self._start(self._take())
+
+    def _may_start(self) -> bool:
+        """Whether a copy is free, or a whole batch waits: then it lies ready for the thread that is free next.
+
+        The thread would else wait for the event loop, and that one for the interpreter's lock.
+        """
+        copies = self._index.parallel_searches
+        return len(self._served) < (2 * copies if self._is_full() else copies)
+
+    def _start(self, batch: list[_Waiting]) -> None:
+        if not batch:
+            return
+        self._gathered_last = len(batch)
+        serving = asyncio.create_task(self._serve(batch), name="search")
+        self._served.add(serving)
+        serving.add_done_callback(self._end)
+
+    def _end(self, serving: asyncio.Task[None]) -> None:
+        self._served.discard(serving)
+        self._changed.set()
 
     async def _gather(self) -> None:
         """Waits while others come, at most as long as the last search took; the longer that was, the calmer."""
@@ -145,9 +164,11 @@ class SearchBatcher:
             await asyncio.sleep(pause_s)
 
     def _comes_in_crowds(self) -> bool:
-        if sum(len(waiting.vectors) for waiting in self._queue) >= self._max_batch:
-            return False
-        return self._gathered_last > 1 or len(self._queue) > 1
+        return not self._is_full() and (self._gathered_last > 1 or len(self._queue) > 1)
+
+    def _is_full(self) -> bool:
+        """Whether as many vectors wait as a search takes."""
+        return sum(len(waiting.vectors) for waiting in self._queue) >= self._max_batch
 
     def _take(self) -> list[_Waiting]:
         """Takes the oldest request and those that can share its search; the others keep their order."""
@@ -167,11 +188,8 @@ class SearchBatcher:
         return batch
 
     async def _serve(self, batch: list[_Waiting]) -> None:
-        began_s = time.monotonic()
-        for waiting in batch:
-            self._metrics.queue_wait_seconds.observe(began_s - waiting.since_s)
         try:
-            rows, finished = await self._run(batch)
+            rows, finished, began_s, ended_s = await self._run(batch)
         except asyncio.CancelledError:
             for waiting in batch:
                 waiting.found.cancel()
@@ -179,9 +197,10 @@ class SearchBatcher:
         except Exception as error:  # noqa: BLE001  (whatever it is belongs to the requests, not to the loop)
             await self._serve_failed(batch, error)
             return
-        self._last_search_s = time.monotonic() - began_s
+        self._last_search_s = ended_s - began_s
         start = 0
         for waiting in batch:
+            self._metrics.queue_wait_seconds.observe(began_s - waiting.since_s)
             if not waiting.found.done():
                 waiting.found.set_result((rows[start : start + len(waiting.vectors)], finished))
             start += len(waiting.vectors)
@@ -195,7 +214,8 @@ class SearchBatcher:
             if not waiting.found.done():
                 await self._serve([waiting])
 
-    async def _run(self, batch: list[_Waiting]) -> tuple[Int64Array, Any]:
+    async def _run(self, batch: list[_Waiting]) -> tuple[Int64Array, Any, float, float]:
+        """Returns rows, what `finish` made of them, and when the search began and ended."""
         vectors = batch[0].vectors if len(batch) == 1 else np.concatenate([one.vectors for one in batch])
         self._metrics.search_batch_questions.observe(len(vectors))
         n_docs, parameters, selection = batch[0].key
@@ -204,9 +224,12 @@ class SearchBatcher:
         for one in batch:
             one.limit = limit
 
-        def search() -> tuple[Int64Array, Any]:
+        def search() -> tuple[Int64Array, Any, float, float]:
+            limit.left_s()  # nobody may wait any more: the batch may have lain behind another one's search
+            began_s = time.monotonic()
             with self._metrics.search_seconds.time():
                 rows = self._index.search(vectors, n_docs, parameters, selection)[0]
-            return rows, None if finish is None else finish(rows)
+            ended_s = time.monotonic()
+            return rows, None if finish is None else finish(rows), began_s, ended_s
 
         return await asyncio.get_running_loop().run_in_executor(self._executor, limit.run, search)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -199,6 +200,53 @@ async def test_index_with_copies_has_a_search_running_on_each() -> None:
         index.gate.set()
         assert [(await task).tolist() for task in waiting] == [[[row]] for row in range(6)]
     assert len(index.calls) == 6
+
+
+async def _running_and_ready(
+    index: EchoIndex, batcher: SearchBatcher, sizes: tuple[int, ...]
+) -> list[list[asyncio.Task[Int64Array]]]:
+    """A held search of two, and these crowds behind it."""
+    index.gate.clear()
+    crowds = []
+    for size in (2, *sizes):
+        crowds.append([asyncio.create_task(batcher.search(question(7), 1, OWN)) for _ in range(size)])
+        await asyncio.sleep(0.05)
+    assert [count for count, _, _ in index.calls] == [2]
+    return crowds
+
+
+@pytest.mark.parametrize(("size", "searched"), [(2, [2, 2]), (1, [2])])
+async def test_whole_batch_is_searched_next_without_the_event_loop(size: int, searched: list[int]) -> None:
+    index = EchoIndex()
+    async with batching(index, max_batch=2) as batcher:
+        crowds = await _running_and_ready(index, batcher, (size,))
+        index.gate.set()
+        time.sleep(0.2)  # noqa: ASYNC251  (nothing else runs in the loop meanwhile)
+        assert [count for count, _, _ in index.calls] == searched
+        await asyncio.gather(*(task for crowd in crowds for task in crowd))
+
+
+async def test_no_more_than_one_batch_lies_ready_for_a_copy_of_the_index() -> None:
+    index = EchoIndex()
+    async with batching(index, max_batch=2) as batcher:
+        crowds = await _running_and_ready(index, batcher, (2, 2))
+        index.gate.set()
+        time.sleep(0.2)  # noqa: ASYNC251
+        assert [count for count, _, _ in index.calls] == [2, 2]
+        await asyncio.gather(*(task for crowd in crowds for task in crowd))
+
+
+async def test_batch_that_lies_ready_is_not_searched_once_nobody_waits_for_it() -> None:
+    index = EchoIndex()
+    async with batching(index, max_batch=2) as batcher:
+        first, second = await _running_and_ready(index, batcher, (2,))
+        for task in second:
+            task.cancel()
+        await asyncio.sleep(0)
+        index.gate.set()
+        await asyncio.gather(*first)
+        assert (await batcher.search(question(8), 1, OWN)).tolist() == [[8]]
+    assert [count for count, _, _ in index.calls] == [2, 1]
 
 
 async def test_closing_cancels_what_waits() -> None:
