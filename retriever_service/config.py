@@ -186,7 +186,12 @@ class RetrieverSettings(ServiceSettings):
     context_cache_bytes: int = Field(
         128 << 20, ge=0, description="memory for documents that were tokenized, in bytes; 0 keeps none"
     )
-    assembly_threads: int = Field(2, ge=1, le=256, description="threads that fetch, score and assemble")
+    assembly_threads: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="threads that fetch, score and assemble; more help where little is cached and cores are many",
+    )
 
     @model_validator(mode="after")
     def _defaults_fit_limits(self) -> "RetrieverSettings":

@@ -24,6 +24,8 @@ from retriever_service.store.passage_reader import PassageCache, PassageReader
 from retriever_service.types import Document, Int64Array, Query, Retrieved, Selection
 from retriever_service.work_limit import run_limited
 
+_READING_THREADS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class RetrieverLimits:
@@ -32,7 +34,7 @@ class RetrieverLimits:
     batch_window_s: float = 0.001
     max_search_batch: int = 256
     max_queued_questions: int = 4096
-    assembly_threads: int = 2
+    assembly_threads: int = 1
     max_exact_rows: int = 1000
     recall_sample_rate: float = 0.0
 
@@ -41,8 +43,8 @@ class Retriever:
     """Answers from one generation of an index; another generation is another Retriever.
 
     Make it inside a running event loop. Searching has a thread for each copy of the index, which may use several
-    in faiss; the rest of a request runs in a pool of `assembly_threads`, or with the search where a question
-    comes alone.
+    in faiss; what follows runs in a pool of `assembly_threads`, or with the search where a question comes alone.
+    Filters, exact searches and documents asked for have threads of their own, for a filter may take seconds.
     """
 
     def __init__(
@@ -67,16 +69,19 @@ class Retriever:
         self._limits = limits or RetrieverLimits()
         self._metrics = metrics
         self._search_executor = search_executor or ThreadPoolExecutor(index.parallel_searches, "search")
-        self._pool = ThreadPoolExecutor(self._limits.assembly_threads, "assemble")
+        self._assembling = ThreadPoolExecutor(self._limits.assembly_threads, "assemble")
+        self._reading = ThreadPoolExecutor(_READING_THREADS, "read")
         self._completer = Completer(
-            PassageReader(store, passage_cache or BoundedCache(0)),
+            PassageReader(store, BoundedCache(0) if passage_cache is None else passage_cache),
             assembler,
             metrics,
             generation=generation,
             metric=index.metric,
             question_tokenizer=question_tokenizer,
         )
-        self._completions = Completions(self._pool, self._limits.assembly_threads, self._completer.complete)
+        self._completions = Completions(
+            self._assembling, self._limits.assembly_threads, self._completer.complete
+        )
         self._batcher = SearchBatcher(
             index,
             self._search_executor,
@@ -84,7 +89,7 @@ class Retriever:
             window_s=self._limits.batch_window_s,
             max_batch=self._limits.max_search_batch,
         )
-        self._selections = Selections(store, self._pool)
+        self._selections = Selections(store, self._reading)
         self._sampling = ThreadPoolExecutor(1, "recall", initializer=give_way)
         self._sampler = RecallSampler(
             index, store, metrics, self._sampling, rate=self._limits.recall_sample_rate
@@ -133,7 +138,7 @@ class Retriever:
         def read() -> tuple[dict[str, Document], dict[int, Document]]:
             return dict(self.store.documents_by_key(keys)), dict(self.store.documents_by_row(rows))
 
-        return await run_limited(self._pool, read)
+        return await run_limited(self._reading, read)
 
     async def close(self) -> None:
         """Stops the threads; index and store belong to who opened them."""
@@ -144,7 +149,8 @@ class Retriever:
     def _shut_down(self) -> None:
         self._search_executor.shutdown()
         self._sampling.shutdown(cancel_futures=True)
-        self._pool.shutdown()
+        self._assembling.shutdown()
+        self._reading.shutdown()
 
     def _admit(self, batch: int) -> None:
         if (
@@ -175,7 +181,7 @@ class Retriever:
             exact = functools.partial(
                 exact_search, self.store, vectors, query.n_docs, self.index.metric, selection.rows
             )
-            return await asyncio.get_running_loop().run_in_executor(self._pool, exact), None
+            return await asyncio.get_running_loop().run_in_executor(self._reading, exact), None
         factor = 1 if self.index.has_exact_scores else query.rescore_factor
 
         def finish(found: Int64Array) -> Retrieved:

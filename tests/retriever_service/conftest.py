@@ -24,6 +24,7 @@ from retriever_service.ingest.reader import CorpusReader
 from retriever_service.main import load, make_serving
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.retriever import Retriever, RetrieverLimits
+from retriever_service.store.passage_reader import PassageCache
 from tests.retriever_service.milvus_server import LEASE_S, MilvusServer, import_folder, library
 from tests.retriever_service.tiny_models import (
     bpe_tokenizer,
@@ -166,7 +167,9 @@ def retrieving(opened: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a context manager that makes a retriever of a snapshot."""
 
     @contextlib.asynccontextmanager
-    async def retrieve(snapshot: Snapshot, **limits: Any) -> AsyncIterator[Retriever]:
+    async def retrieve(
+        snapshot: Snapshot, passage_cache: PassageCache | None = None, **limits: Any
+    ) -> AsyncIterator[Retriever]:
         assembler = ContextAssembler(
             ContextTokenizer(bpe_tokenizer()), title_sep=" / ", doc_sep=" // ", prefix=""
         )
@@ -178,6 +181,7 @@ def retrieving(opened: Callable[..., Any]) -> Callable[..., Any]:
                 RetrieverMetrics(Metrics("retriever")),
                 generation=corpus.generation.number,
                 limits=RetrieverLimits(**limits),
+                passage_cache=passage_cache,
             )
             try:
                 yield retriever

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from rag_serving.errors import InvalidArgumentError
+from retriever_service.bounded_cache import BoundedCache
 from retriever_service.completer import Completer
 from retriever_service.errors import InvalidSearchParametersError, NoQuestionTokenizerError, OverloadedError
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import Snapshot
 from retriever_service.milvus.index import MilvusIndex
+from retriever_service.store.passage_reader import PassageCache, PassageReader
 from retriever_service.types import Metric, Query, SearchParameters
 from tests.retriever_service.tiny_models import embeddings_of, make_documents, write_jsonl
 
@@ -61,6 +63,19 @@ async def test_flat_index_gives_the_best_documents_with_exact_scores(
         ]
     assert retrieved.contexts is not None
     assert retrieved.contexts.input_ids.shape[0] == 30
+
+
+async def test_documents_that_were_read_are_not_read_again(
+    retrieving: Retrieving, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache: PassageCache = BoundedCache(1 << 20)
+    async with retrieving(build(), passage_cache=cache) as retriever:
+        first = await retriever.retrieve(query())
+        assert len(cache) == len(np.unique(first.rows))
+        monkeypatch.delattr(PassageReader, "_read")
+        again = await retriever.retrieve(query())
+    np.testing.assert_array_equal(again.doc_scores, first.doc_scores)
+    assert again.documents == first.documents
 
 
 # Milvus has IVF8,PQ4x4 as well, milvus-lite has not, and always makes 128 lists.
