@@ -18,7 +18,7 @@ from generator_service.engine.model_runner import ModelRunner
 from generator_service.engine.pool_scores import PoolScores
 from generator_service.engine.request import Request
 from generator_service.engine.search import PoolKey, Search
-from generator_service.model import attention, loader
+from generator_service.model import attention, cpu_kernels, loader
 from generator_service.model.backbone import RowBatch
 from generator_service.model.paged import rows as paged_rows
 from generator_service.types import Quantization, Strategy
@@ -147,6 +147,11 @@ IDEAS = (
     Idea(
         "keys and values read once, and never copied for a row",
         off=lambda: patch.object(attention, "cross_attention", attention_by_row),
+        devices=("cpu",),
+    ),
+    Idea(
+        "attention of few rows by kernels of its own",
+        off=lambda: patch.object(cpu_kernels, "library", lambda: None),
         devices=("cpu",),
     ),
     Idea(

@@ -10,6 +10,7 @@ from bench.micro import ablation, engine, ideas, workload
 from bench.micro.engine import Engine
 from bench.micro.ideas import IDEAS, Idea
 from bench.micro.workload import Shape
+from generator_service.model import cpu_kernels
 from generator_service.model.backbone import RowBatch
 from generator_service.model.loader import as_backbone
 from generator_service.model.paged.backbone import PagedBackbone, paged
@@ -123,6 +124,27 @@ def test_reordered_beams_keep_to_their_own_slots(model: Any, monkeypatch: pytest
         answers(ablation.without(off, model, SHAPE), off, model, Strategy.RAG_TOKEN)
         assert len(strangers) > SHAPE.num_beams
         assert (sum(strangers) == 0) is (off is idea)
+
+
+def test_kernels_of_its_own_attend_unless_they_are_off(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu_kernels.library() is None:
+        pytest.skip("no cpu_kernels were built")
+    calls: list[str] = []
+    for name in ("cross_attention", "self_attention"):
+        monkeypatch.setattr(cpu_kernels, name, _counted(name, getattr(cpu_kernels, name), calls))
+    idea = next(i for i in IDEAS if "kernels of its own" in i.name)
+    for off, attended in ((Idea("none is off"), {"cross_attention", "self_attention"}), (idea, set())):
+        calls.clear()
+        answers(ablation.without(off, model, SHAPE), off, model, Strategy.RAG_TOKEN)
+        assert set(calls) == attended
+
+
+def _counted(name: str, inner: Callable[..., Any], calls: list[str]) -> Callable[..., Any]:
+    def counted(*arguments: Any) -> Any:
+        calls.append(name)
+        return inner(*arguments)
+
+    return counted
 
 
 def _watch(patch: pytest.MonkeyPatch, owner: type, name: str, see: Callable[[Any], Any]) -> None:

@@ -75,19 +75,24 @@ def test_rows_are_json_even_where_a_figure_is_missing(tmp_path: Path) -> None:
 
 
 class Slow:
-    """A Generate that answers one at a time, and refuses what it is told to."""
+    """A Generate that answers one at a time, none before `first_after` were asked, and refuses what it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_after: int) -> None:
         self.one_at_a_time = asyncio.Lock()
+        self.first_after = first_after
+        self.all_asked = asyncio.Event()
         self.at_once = self.most_at_once = 0
 
     async def generate(self, request: bytes, context: Any) -> bytes:
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
+        if self.most_at_once >= self.first_after:
+            self.all_asked.set()
         try:
             if request == b"refuse":
                 await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
-            async with self.one_at_a_time:
+            async with self.one_at_a_time, asyncio.timeout(10):
+                await self.all_asked.wait()
                 await asyncio.sleep(0.05)
         finally:
             self.at_once -= 1
@@ -95,8 +100,8 @@ class Slow:
 
 
 @asynccontextmanager
-async def slow_service() -> AsyncIterator[tuple[Slow, Driver]]:
-    slow, server = Slow(), grpc.aio.server()
+async def slow_service(first_after: int = 0) -> AsyncIterator[tuple[Slow, Driver]]:
+    slow, server = Slow(first_after), grpc.aio.server()
     service, method = GENERATE.strip("/").split("/")
     handler = grpc.method_handlers_generic_handler(
         service, {method: grpc.unary_unary_rpc_method_handler(slow.generate)}
@@ -113,7 +118,7 @@ async def slow_service() -> AsyncIterator[tuple[Slow, Driver]]:
 
 async def test_open_loop_does_not_wait_for_answers_and_counts_from_the_moment_due() -> None:
     """A closed loop, or one that counts from the sending, hides the queue that it makes."""
-    async with slow_service() as (slow, driver):
+    async with slow_service(first_after=8) as (slow, driver):
         outcomes = await driver.open_loop([b""] * 8, np.zeros(8))
         assert slow.most_at_once == 8
     latencies = sorted(o.latency_s for o in outcomes)
@@ -134,7 +139,7 @@ async def test_refusals_are_outcomes() -> None:
 
 
 async def test_closed_loop_keeps_its_concurrency_and_asks_each_once() -> None:
-    async with slow_service() as (slow, driver):
+    async with slow_service(first_after=3) as (slow, driver):
         outcomes, seconds = await driver.closed_loop([b""] * 7, 3)
     assert len(outcomes) == 7
     assert slow.most_at_once == 3

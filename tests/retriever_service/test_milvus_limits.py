@@ -219,7 +219,7 @@ async def test_requests_end_in_time_while_milvus_is_silent_and_hold_no_thread(
                 if retriever._questions_in_flight:
                     break
             cancelled.cancel()
-            for executor in (retriever._search_executor, retriever._pool):
+            for executor in (retriever._search_executor, retriever._reading, retriever._assembling):
                 await asyncio.wrap_future(executor.submit(lambda: None))
         assert await stub.Retrieve(request(n_docs=2)) == answer
         assert (await stub.UpsertDocuments(iter([batch])).read()).created == 1
