@@ -1,6 +1,7 @@
 """Gathers concurrent requests into one search of the index."""
 
 import asyncio
+import functools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -139,8 +140,8 @@ class SearchBatcher:
 
         The thread would else wait for the event loop, and that one for the interpreter's lock.
         """
-        copies = self._index.parallel_searches
-        return len(self._served) < (2 * copies if self._is_full() else copies)
+        running, copies = len(self._served), self._index.parallel_searches
+        return running < copies or (running < 2 * copies and self._is_full())
 
     def _start(self, batch: list[_Waiting]) -> None:
         if not batch:
@@ -148,9 +149,11 @@ class SearchBatcher:
         self._gathered_last = len(batch)
         serving = asyncio.create_task(self._serve(batch), name="search")
         self._served.add(serving)
-        serving.add_done_callback(self._end)
+        serving.add_done_callback(functools.partial(self._end, batch))
 
-    def _end(self, serving: asyncio.Task[None]) -> None:
+    def _end(self, batch: list[_Waiting], serving: asyncio.Task[None]) -> None:
+        for waiting in batch:  # those left over where serving was cancelled, perhaps before it began
+            waiting.found.cancel()
         self._served.discard(serving)
         self._changed.set()
 
@@ -190,10 +193,6 @@ class SearchBatcher:
     async def _serve(self, batch: list[_Waiting]) -> None:
         try:
             rows, finished, began_s, ended_s = await self._run(batch)
-        except asyncio.CancelledError:
-            for waiting in batch:
-                waiting.found.cancel()
-            raise
         except Exception as error:  # noqa: BLE001  (whatever it is belongs to the requests, not to the loop)
             await self._serve_failed(batch, error)
             return

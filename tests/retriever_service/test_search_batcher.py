@@ -215,24 +215,23 @@ async def _running_and_ready(
     return crowds
 
 
-@pytest.mark.parametrize(("size", "searched"), [(2, [2, 2]), (1, [2])])
-async def test_whole_batch_is_searched_next_without_the_event_loop(size: int, searched: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "searched"),
+    [
+        pytest.param((2,), [2, 2], id="a whole one"),
+        pytest.param((1,), [2], id="a part of one waits for the loop"),
+        pytest.param((2, 2), [2, 2], id="one for a copy of the index, and no more"),
+    ],
+)
+async def test_whole_batch_is_searched_next_without_the_event_loop(
+    sizes: tuple[int, ...], searched: list[int]
+) -> None:
     index = EchoIndex()
     async with batching(index, max_batch=2) as batcher:
-        crowds = await _running_and_ready(index, batcher, (size,))
+        crowds = await _running_and_ready(index, batcher, sizes)
         index.gate.set()
         time.sleep(0.2)  # noqa: ASYNC251  (nothing else runs in the loop meanwhile)
         assert [count for count, _, _ in index.calls] == searched
-        await asyncio.gather(*(task for crowd in crowds for task in crowd))
-
-
-async def test_no_more_than_one_batch_lies_ready_for_a_copy_of_the_index() -> None:
-    index = EchoIndex()
-    async with batching(index, max_batch=2) as batcher:
-        crowds = await _running_and_ready(index, batcher, (2, 2))
-        index.gate.set()
-        time.sleep(0.2)  # noqa: ASYNC251
-        assert [count for count, _, _ in index.calls] == [2, 2]
         await asyncio.gather(*(task for crowd in crowds for task in crowd))
 
 
@@ -247,6 +246,23 @@ async def test_batch_that_lies_ready_is_not_searched_once_nobody_waits_for_it() 
         await asyncio.gather(*first)
         assert (await batcher.search(question(8), 1, OWN)).tolist() == [[8]]
     assert [count for count, _, _ in index.calls] == [2, 1]
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_closing_cancels_requests_whose_search_has_not_begun(turns: int) -> None:
+    """At every turn of the loop between a request's coming and its search."""
+    index = EchoIndex()
+    index.gate.clear()
+    async with batching(index, window_s=0) as batcher:
+        waiting = asyncio.create_task(batcher.search(question(1), 1, OWN))
+        await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await batcher.close()
+        index.gate.set()
+        async with asyncio.timeout(5):
+            (end,) = await asyncio.gather(waiting, return_exceptions=True)
+    assert isinstance(end, asyncio.CancelledError)
 
 
 async def test_closing_cancels_what_waits() -> None:
