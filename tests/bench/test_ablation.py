@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,22 +130,15 @@ def test_reordered_beams_keep_to_their_own_slots(model: Any, monkeypatch: pytest
 def test_kernels_of_its_own_attend_unless_they_are_off(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if cpu_kernels.library() is None:
         pytest.skip("no cpu_kernels were built")
-    calls: list[str] = []
-    for name in ("cross_attention", "self_attention"):
-        monkeypatch.setattr(cpu_kernels, name, _counted(name, getattr(cpu_kernels, name), calls))
+    kernels = [Mock(wraps=kernel) for kernel in (cpu_kernels.cross_attention, cpu_kernels.self_attention)]
+    for kernel, name in zip(kernels, ("cross_attention", "self_attention"), strict=True):
+        monkeypatch.setattr(cpu_kernels, name, kernel)
     idea = next(i for i in IDEAS if "kernels of its own" in i.name)
-    for off, attended in ((Idea("none is off"), {"cross_attention", "self_attention"}), (idea, set())):
-        calls.clear()
+    for off, attend in ((Idea("none is off"), True), (idea, False)):
+        for kernel in kernels:
+            kernel.reset_mock()
         answers(ablation.without(off, model, SHAPE), off, model, Strategy.RAG_TOKEN)
-        assert set(calls) == attended
-
-
-def _counted(name: str, inner: Callable[..., Any], calls: list[str]) -> Callable[..., Any]:
-    def counted(*arguments: Any) -> Any:
-        calls.append(name)
-        return inner(*arguments)
-
-    return counted
+        assert [kernel.called for kernel in kernels] == [attend, attend]
 
 
 def _watch(patch: pytest.MonkeyPatch, owner: type, name: str, see: Callable[[Any], Any]) -> None:

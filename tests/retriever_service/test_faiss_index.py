@@ -152,7 +152,8 @@ def test_a_disk_that_fills_while_an_index_is_written_is_an_error(count: int) -> 
 
 @pytest.fixture
 def faiss_settings() -> Iterator[Any]:
-    """faiss's settings of this process, put back afterwards."""
+    """faiss's settings of this process, put back afterwards; it asks whether to stop, whoever has served before."""
+    faiss.PythonInterruptCallback.reset()  # type: ignore[attr-defined]  # not in its stubs
     found: Any = faiss.cvar  # type: ignore[attr-defined]  # not in its stubs
     names = ("threshold", "query_bs", "database_bs")
     before = {
@@ -163,7 +164,7 @@ def faiss_settings() -> Iterator[Any]:
     set_num_threads(threads)
     for name, value in before.items():
         setattr(found, name, value)
-    faiss.PythonInterruptCallback.reset()  # type: ignore[attr-defined]  # not in its stubs
+    faiss.PythonInterruptCallback.reset()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("metric", list(Metric))

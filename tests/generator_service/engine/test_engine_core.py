@@ -60,6 +60,8 @@ def test_every_request_gets_one_report() -> None:
     assert all(isinstance(r, Generated) for r in reports)
     assert sorted(r.request_id for r in reports if isinstance(r, Generated)) == list(range(5))
     assert engine.stats().running == 0
+    assert engine.stats().cache_bytes == 0
+    assert engine.stats().tokens > 0
 
 
 @pytest.mark.parametrize(
@@ -91,8 +93,6 @@ def test_a_batch_whose_last_question_is_aborted_is_answered() -> None:
     engine.abort(1)
     assert [r.request_id for r in engine.step()] == [0]
     assert not engine.has_work()
-    assert engine.stats().cache_bytes == 0
-    assert engine.stats().tokens > 0
 
 
 def test_a_question_that_never_fits_is_refused_with_the_numbers() -> None:
