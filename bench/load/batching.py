@@ -216,16 +216,15 @@ def main() -> None:
     )
     parser.add_argument(
         "--baseline",
-        type=Batching,
-        choices=[Batching.GATHER, Batching.GATHER_EARLY],
-        default=Batching.GATHER,
+        choices=[policy.value for policy in Batching if policy is not Batching.CONTINUOUS],
+        default=Batching.GATHER.value,
         help="answers of a batch together, or each when it is there",
     )
     parser.add_argument("--seconds", type=float, help="of arrivals at each load")
     arguments = parser.parse_args()
     plan = Plan(96, 45.0) if arguments.quick else Plan(400, 240.0)
     plan = Plan(plan.capacity_questions, arguments.seconds or plan.seconds)
-    policies = (Batching.CONTINUOUS, arguments.baseline)
+    policies = (Batching.CONTINUOUS, Batching(arguments.baseline))
     console = Console(width=200)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
