@@ -40,6 +40,8 @@ class MilvusChannel(grpc.Channel):
 
     def __init__(self, uri: str) -> None:
         """Makes a channel to http://host[:19530] or https://host[:443]; it connects by itself."""
+        self._last_write = 0
+        self._last_write_lock = threading.Lock()
         parts = urlsplit(uri)
         is_secure = parts.scheme == "https"
         target = f"{parts.hostname}:{parts.port or (443 if is_secure else 19530)}"
@@ -49,9 +51,14 @@ class MilvusChannel(grpc.Channel):
         else:
             self._channel = grpc.insecure_channel(target, options=_OPTIONS)
 
+    @property
+    def last_write(self) -> int:
+        """Milvus' timestamp of the last write that was answered here; 0 before, or of a Milvus that tells none."""
+        return self._last_write
+
     def unary_unary(self, *arguments: Any, **named: Any) -> "_UnaryCall":
         """Returns what calls a method: see grpc.Channel."""
-        return _UnaryCall(self._channel.unary_unary(*arguments, **named), self._uri)
+        return _UnaryCall(self._channel.unary_unary(*arguments, **named), self._uri, self._answered)
 
     def unary_stream(self, *arguments: Any, **named: Any) -> Any:
         """As grpc.Channel's; nothing here uses it."""
@@ -77,6 +84,11 @@ class MilvusChannel(grpc.Channel):
         """Closes the connection."""
         self._channel.close()
 
+    def _answered(self, answer: Any) -> None:
+        if answer.DESCRIPTOR.name == "MutationResult":
+            with self._last_write_lock:
+                self._last_write = max(self._last_write, answer.timestamp)
+
     def __enter__(self) -> Self:
         return self
 
@@ -85,9 +97,10 @@ class MilvusChannel(grpc.Channel):
 
 
 class _UnaryCall(grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg]  # generic in its stubs alone
-    def __init__(self, call: Any, uri: str) -> None:
+    def __init__(self, call: Any, uri: str, answered: Callable[[Any], None]) -> None:
         self._call = call
         self._uri = uri
+        self._answered = answered
 
     def __call__(self, request: Any, timeout: float | None = None, *_: Any, **named: Any) -> Any:
         return self.with_call(request, timeout, **named)[0]
@@ -133,7 +146,9 @@ class _UnaryCall(grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg]  # gen
         )
         with limit.interrupted_by(call.cancel):
             try:
-                return call.result(), call
+                answer = call.result()
+                self._answered(answer)
+                return answer, call
             except grpc.FutureCancelledError as error:
                 limit.left_s()
                 raise UnavailableError(f"Milvus at {self._uri}: the connection was closed") from error

@@ -19,7 +19,8 @@ _WRONG = {1100}
 _RETRY_AFTER_S = 1.0
 _ROWS_PER_INSERT = 200  # of 300 KB at most: Milvus takes messages of 64 MB
 _GLOBAL_CLUSTER = "global-cluster"  # in the addresses that pymilvus asks another service about first
-_STRONG = 0  # ConsistencyLevel.Strong; a name would not do beside "iterator"
+# ConsistencyLevel's; names would not do beside "iterator".
+_STRONG, _CUSTOMIZED = 0, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,10 @@ class MilvusAddress:
 
 
 class MilvusConnection:
-    """One connection, used from many threads. Every read is strongly consistent: it sees all that was acknowledged.
+    """One connection, used from many threads. A read sees all that was acknowledged before it.
+
+    Milvus has such a read wait until it has heard of the moment at which it was asked, a fifth of a second and more.
+    One that says `at` which of Milvus' timestamps it wants to see everything does not, once that has passed.
 
     What a thread does for requests ends with them (WorkLimit): every method then raises DeadlineExceededError or
     CancelledByCallerError. Every method raises UnavailableError where Milvus does not answer in time, DiskFullError
@@ -53,18 +57,24 @@ class MilvusConnection:
         self.address = address
         if _GLOBAL_CLUSTER in address.uri.lower():
             raise StartupError(f"{address.uri} stands for several clusters: give the address of one")
+        self._channel = MilvusChannel(address.uri)
         try:
             self._client: Any = MilvusClient(
                 uri=address.uri,
                 token=address.token,
                 db_name=address.database,
                 timeout=address.timeout_s,
-                channel=MilvusChannel(address.uri),
+                channel=self._channel,
                 dedicated=True,  # pymilvus makes channels of its own for connections that it shares
             )
         except Exception as error:
             raise self._meaning(error) from error
         self.call("list_collections")
+
+    @property
+    def last_write(self) -> int:
+        """The timestamp at which all that was written here is seen; 0 where Milvus tells none."""
+        return self._channel.last_write
 
     def call(self, method: str, *arguments: Any, timeout_s: float | None = None, **named: Any) -> Any:
         """Calls a method of pymilvus.MilvusClient."""
@@ -88,14 +98,16 @@ class MilvusConnection:
             return _said(error)
         return None
 
-    def query(self, collection: str, expression: str, fields: Sequence[str], **named: Any) -> list[Any]:
-        """Returns the entities that meet the expression, in no order."""
+    def query(
+        self, collection: str, expression: str, fields: Sequence[str], *, at: int = 0, **named: Any
+    ) -> list[Any]:
+        """Returns the entities that meet the expression, in no order, as of a timestamp or later; 0 is now."""
         found = self.call(
             "query",
             collection,
             filter=expression,
             output_fields=list(fields),
-            consistency_level=_STRONG,
+            **_seen_at(at),
             **named,
         )
         return list(found)
@@ -110,9 +122,9 @@ class MilvusConnection:
             collection, expression, fields, limit=limit, iterator="True", reduce_stop_for_best=True
         )
 
-    def search(self, collection: str, vectors: Any, **named: Any) -> list[Any]:
-        """Returns the hits of each vector of float32 [batch, dimension]."""
-        found = self.call("search", collection, list(vectors), consistency_level=_STRONG, **named)
+    def search(self, collection: str, vectors: Any, *, at: int = 0, **named: Any) -> list[Any]:
+        """Returns the hits of each vector of float32 [batch, dimension], as of a timestamp or later; 0 is now."""
+        found = self.call("search", collection, list(vectors), **_seen_at(at), **named)
         return list(found)
 
     def upsert(self, collection: str, entities: Sequence[dict[str, Any]]) -> None:
@@ -143,6 +155,12 @@ class MilvusConnection:
         if code in _WRONG:
             return InternalError(message)
         return UnavailableError(message, retry_after_s=_RETRY_AFTER_S, reason="MILVUS_UNAVAILABLE")
+
+
+def _seen_at(at: int) -> dict[str, int]:
+    if at == 0:
+        return {"consistency_level": _STRONG}
+    return {"consistency_level": _CUSTOMIZED, "guarantee_timestamp": at}
 
 
 def _own(error: Exception) -> RagError | None:

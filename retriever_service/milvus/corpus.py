@@ -166,7 +166,8 @@ class MilvusCorpus(Corpus):
                 # They may be there, or come yet: no later change may have their rows.
                 self._void.append((first, first + len(entities)))
                 raise
-            self._commit(batch.request_id, change)
+            timestamp = self._connection.last_write
+            self._commit(batch.request_id, change.model_copy(update={"timestamp": timestamp}))
         return self._upserted(change)
 
     def delete(self, batch: Delete) -> Deleted:
@@ -189,6 +190,7 @@ class MilvusCorpus(Corpus):
                     replaced=hidden,
                     missing=[place for place, key in enumerate(keys) if key not in current],
                     void=self._void,
+                    timestamp=state.timestamp,
                 )
                 current_limit().left_s()
                 if hidden or batch.request_id:
@@ -263,7 +265,9 @@ class MilvusCorpus(Corpus):
                     return False
                 self._step_down(self._lease.lost_reason)
             before = self._shown.state.revision
-            self._shown.state = self._read_state()
+            state = self._read_state()
+            self._await(state.timestamp)
+            self._shown.state = state
             if self._lease is None and self._candidate is not None:
                 self._take_over(self._candidate)
             return self._shown.state.revision != before
@@ -336,7 +340,14 @@ class MilvusCorpus(Corpus):
             ) from error
         self._show(change)
 
+    def _await(self, timestamp: int) -> None:
+        """Waits until Milvus' nodes have heard of a timestamp, as each of the searches that need it would else."""
+        if timestamp > self._shown.state.timestamp:
+            with contextlib.suppress(RagError), WorkLimit().applied():
+                self._connection.query(self.collection, "row < 0", ["row"], at=timestamp)
+
     def _show(self, change: Change) -> None:
+        self._await(change.timestamp)
         self._shown.state = self._shown.state.after(change)
         self._void.clear()
         self._replaced.append((time.monotonic(), self._shown.state, frozenset(change.hidden)))
@@ -373,8 +384,12 @@ class MilvusCorpus(Corpus):
             if after is None:
                 return
             self._delete_rows(sorted(gone))
-            self._shown.state = self._shown.state.without(frozenset(gone))
-            self._set_facts(self._facts.model_copy(update={"checkpoint": after.checkpoint()}))
+            # Not every Milvus tells when it deleted: it was before what is written now.
+            self._set_facts(self._facts)
+            timestamp = self._connection.last_write
+            self._await(timestamp)
+            self._shown.state = self._shown.state.without(frozenset(gone), timestamp)
+            self._set_facts(self._facts.model_copy(update={"checkpoint": after.checkpoint(timestamp)}))
             forgotten = min(after.revision, self._shown.state.revision - self._requests_kept)
             if forgotten > 0:
                 self._log.forget(self.collection, forgotten)

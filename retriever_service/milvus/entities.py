@@ -10,8 +10,6 @@ from retriever_service.milvus.schema import MAX_JSON_BYTES, MAX_KEY_BYTES, MAX_V
 from retriever_service.milvus.terms import fields_of
 from retriever_service.types import Float32Array
 
-_INT64_MAX, _INT64_MIN = 2**63 - 1, -(2**63)
-
 
 def entity(
     name: str, row: int, key: str, title: str, text: str, metadata: str | None, embedding: Float32Array
@@ -24,10 +22,11 @@ def entity(
     _check(f"{name}.title", len(title.encode()), MAX_VARCHAR_BYTES)
     _check(f"{name}.text", len(text.encode()), MAX_VARCHAR_BYTES)
     fields = fields_of(metadata)
-    _check(f"{name}.metadata", _json_bytes(fields["metadata"]), MAX_JSON_BYTES)
-    _check(f"{name}.metadata", _json_bytes(fields["terms"]), MAX_JSON_BYTES, " once its values are indexed")
-    if not _fits(fields["metadata"]):
-        raise InvalidArgumentError(f"{name}.metadata", "Milvus keeps whole numbers of 64 bits")
+    _check(f"{name}.metadata", len(fields["metadata"].encode(errors="surrogatepass")), MAX_VARCHAR_BYTES)
+    terms = json.dumps(fields["terms"], ensure_ascii=False, separators=(",", ":"))
+    _check(
+        f"{name}.metadata", len(terms.encode(errors="surrogatepass")), MAX_JSON_BYTES, " once its values are indexed"
+    )
     return {
         "id": primary_key(key, row),
         "row": row,
@@ -43,14 +42,3 @@ def _check(field: str, size_bytes: int, most: int, when: str = "") -> None:
     if size_bytes > most:
         raise InvalidArgumentError(field, f"Milvus keeps at most {most} bytes{when}", size_bytes)
 
-
-def _json_bytes(value: Any) -> int:
-    return len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="surrogatepass"))
-
-
-def _fits(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_fits(one) for one in value.values())
-    if isinstance(value, list):
-        return all(_fits(one) for one in value)
-    return not isinstance(value, int) or _INT64_MIN <= value <= _INT64_MAX

@@ -84,11 +84,12 @@ def import_folder(
                 progress("import", min(start + _ROWS_PER_CHUNK, len(rows)), len(rows))
             connection.call("flush", collection, timeout_s=_IMPORT_TIMEOUT_S)
             connection.call("load_collection", collection, timeout_s=_IMPORT_TIMEOUT_S)
+            checkpoint = facts.checkpoint.model_copy(update={"timestamp": connection.last_write})
         except BaseException:
             with contextlib.suppress(Exception):
                 discard(connection, log, collection)
             raise
-    facts = facts.model_copy(update={"is_whole": True})
+    facts = facts.model_copy(update={"is_whole": True, "checkpoint": checkpoint})
     log.set_facts(collection, facts)
     return facts
 

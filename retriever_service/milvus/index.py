@@ -132,6 +132,7 @@ class MilvusIndex(VectorIndex):
         hits = self._connection.search(
             self._collection,
             np.ascontiguousarray(vectors, dtype=np.float32),
+            at=state.timestamp,
             limit=n_docs,
             filter=_both(state.expression(), selection),
             output_fields=["row"],
@@ -159,13 +160,16 @@ class MilvusIndex(VectorIndex):
         hits = self._connection.search(
             self._collection,
             np.ascontiguousarray(vector, dtype=np.float32),
+            at=state.timestamp,
             limit=n_docs if self.has_exact_scores else 4 * n_docs,
             filter=f"{_both(state.expression(), selection)} and ({part})",
             output_fields=["row", "embedding"],
             search_params={"params": self._widest(n_docs)},
         )
         near = {int(hit["entity"]["row"]): _vector(hit["entity"]) for hit in hits[0]}
-        answer = self._connection.query(self._collection, f"row in {found}", ["row", "embedding"])
+        answer = self._connection.query(
+            self._collection, f"row in {found}", ["row", "embedding"], at=state.timestamp
+        )
         return recall_in_part(
             vector, n_docs, {int(one["row"]): _vector(one) for one in answer}, near, self.metric
         )

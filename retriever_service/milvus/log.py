@@ -80,7 +80,8 @@ class ChangeLog:
         """Returns the change that was made under a request_id."""
         request = _hashed(request_id)
         expression = f'scope == "{collection}" and request == "{request}"'
-        found = self._connection.query(self.name, expression, ["body"])
+        # Whoever looks here writes, and has signed for it after all that others had written.
+        found = self._connection.query(self.name, expression, ["body"], at=self._connection.last_write)
         return Change.model_validate_json(found[0]["body"]) if found else None
 
     def commit(self, collection: str, request_id: str, change: Change) -> None:

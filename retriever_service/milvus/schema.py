@@ -5,6 +5,7 @@ NAME_log holds what Milvus has no transactions for: the changes, what each colle
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from retriever_service.errors import CompactionError
@@ -79,14 +80,12 @@ def create_documents(connection: MilvusConnection, collection: str, manifest: Ma
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=manifest.dimension)
     schema.add_field("title", DataType.VARCHAR, max_length=MAX_VARCHAR_BYTES)
     schema.add_field("text", DataType.VARCHAR, max_length=MAX_VARCHAR_BYTES)
-    schema.add_field("metadata", DataType.JSON, nullable=True)
+    schema.add_field("metadata", DataType.VARCHAR, max_length=MAX_VARCHAR_BYTES)
     schema.add_field("terms", DataType.JSON)
     indexes = MilvusClient.prepare_index_params()
     metric = _METRICS[manifest.metric]
     indexes.add_index("embedding", index_type=index_type, metric_type=metric, params=parameters)
-    indexes.add_index("row", index_type="INVERTED")
-    indexes.add_index("key", index_type="INVERTED")
-    _create(connection, collection, schema, indexes)
+    _create(connection, collection, schema, indexes, ("row", "key"))
 
 
 def create_log(connection: MilvusConnection, collection: str) -> None:
@@ -104,13 +103,21 @@ def create_log(connection: MilvusConnection, collection: str) -> None:
     schema.add_field("vector", DataType.FLOAT_VECTOR, dim=2)
     indexes = MilvusClient.prepare_index_params()
     indexes.add_index("vector", index_type="FLAT", metric_type="L2")
-    indexes.add_index("scope", index_type="INVERTED")
-    indexes.add_index("request", index_type="INVERTED")
-    _create(connection, collection, schema, indexes)
+    _create(connection, collection, schema, indexes, ("scope", "request"))
 
 
-def _create(connection: MilvusConnection, collection: str, schema: Any, indexes: Any) -> None:
+def _create(
+    connection: MilvusConnection, collection: str, schema: Any, indexes: Any, scalars: Sequence[str]
+) -> None:
+    from pymilvus import MilvusClient  # noqa: PLC0415
+
     connection.call("create_collection", collection, schema=schema, consistency_level="Strong")
     # An empty collection's indexes need no waiting for, which pymilvus would do half a second at a time.
     connection.call("create_index", collection, indexes, sync=False)
+    for field in scalars:
+        for index_type in ("INVERTED", ""):  # the kind that Milvus chooses where it has no such (before 2.4)
+            own = MilvusClient.prepare_index_params()
+            own.add_index(field, index_type=index_type)
+            if connection.refused("create_index", collection, own, sync=False) is None:
+                break
     connection.call("load_collection", collection)

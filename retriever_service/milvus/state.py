@@ -12,7 +12,7 @@ class Change(BaseModel):
     It is written once, as one entity, when its rows are in: that makes the change. Its rows are `count` from
     `first_row`; `replaced` holds the row that each hides, None where there was none. Of a deletion, `missing` are
     the places in its batch whose keys were not there. `void` are ranges of rows that changes which failed may have
-    left behind.
+    left behind. `timestamp` is Milvus': reads as of then find its rows, 0 where that is not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,6 +26,7 @@ class Change(BaseModel):
     replaced: Sequence[int | None] = ()
     missing: Sequence[int] = ()
     void: Sequence[tuple[int, int]] = ()
+    timestamp: int = 0
 
     @property
     def hidden(self) -> list[int]:
@@ -36,7 +37,7 @@ class Change(BaseModel):
 class Checkpoint(BaseModel):
     """Where the log may begin: everything up to `revision` is in the collection, and what it hid is gone from it.
 
-    `num_changes` counts the versions written and hidden since the beginning.
+    `num_changes` counts the versions written and hidden since the beginning. Reads as of `timestamp` find it so.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,11 +48,15 @@ class Checkpoint(BaseModel):
     num_documents: int
     num_changes: int = 0
     void: Sequence[tuple[int, int]] = ()
+    timestamp: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The corpus after a change: a search takes one and keeps it, so that it sees all of a change or nothing."""
+    """The corpus after a change: a search takes one and keeps it, so that it sees all of a change or nothing.
+
+    Milvus has it as of `timestamp`, or knows no better than now where that is 0.
+    """
 
     revision: int
     sequence: int
@@ -60,6 +65,7 @@ class State:
     num_changes: int
     void: tuple[tuple[int, int], ...]
     hidden: frozenset[int]
+    timestamp: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, changes: Sequence[Change]) -> "State":
@@ -73,6 +79,7 @@ class State:
             checkpoint.num_changes,
             void,
             frozenset(),
+            checkpoint.timestamp,
         )
         for change in changes:
             state = state.after(change)
@@ -88,14 +95,15 @@ class State:
             self.num_changes + change.count + len(change.hidden),
             self.void + tuple((first, behind) for first, behind in change.void),
             self.hidden | frozenset(change.hidden),
+            max(self.timestamp, change.timestamp) if change.timestamp else 0,
         )
 
-    def without(self, rows: frozenset[int]) -> "State":
-        """Returns the state once these hidden rows are gone from the collection."""
-        return replace(self, hidden=self.hidden - rows)
+    def without(self, rows: frozenset[int], timestamp: int) -> "State":
+        """Returns the state once these hidden rows are gone from the collection, as of a timestamp."""
+        return replace(self, hidden=self.hidden - rows, timestamp=timestamp)
 
-    def checkpoint(self) -> Checkpoint:
-        """Returns where the log may begin once nothing hidden is left."""
+    def checkpoint(self, timestamp: int) -> Checkpoint:
+        """Returns where the log may begin once nothing hidden is left, as of a timestamp."""
         return Checkpoint(
             revision=self.revision,
             sequence=self.sequence,
@@ -103,6 +111,7 @@ class State:
             num_documents=self.num_documents,
             num_changes=self.num_changes,
             void=self.void,
+            timestamp=timestamp,
         )
 
     def shows(self, row: int) -> bool:

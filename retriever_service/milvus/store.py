@@ -53,30 +53,30 @@ class MilvusStore(DocumentStore):
         wanted = [row for row in dict.fromkeys(rows) if 0 <= row <= _LARGEST_ROW]
         if not replaced:
             wanted = [row for row in wanted if state.shows(row)]
-        return {
-            document.row: document for document in self._read("row", wanted, state.expression(hidden=True))
-        }
+        condition = state.expression(hidden=True)
+        return {one.row: one for one in self._read("row", wanted, condition, state.timestamp)}
 
     def documents_by_key(self, keys: Sequence[str]) -> Mapping[str, Document]:
         """Returns the documents of keys: see DocumentStore."""
         wanted = [key.encode().hex() for key in dict.fromkeys(keys)]
-        return {
-            document.key: document for document in self._read("key", wanted, self._shown.state.expression())
-        }
+        state = self._shown.state
+        return {one.key: one for one in self._read("key", wanted, state.expression(), state.timestamp)}
 
     def rows_of(self, keys: Sequence[str], state: State) -> dict[str, int]:
         """Returns the row of each key that has a document in that state."""
         rows: dict[str, int] = {}
         for some in _chunks([key.encode().hex() for key in keys]):
-            found = self._query(f"{state.expression()} and key in {json.dumps(some)}", ["key", "row"])
+            condition = f"{state.expression()} and key in {json.dumps(some)}"
+            found = self._query(condition, ["key", "row"], state.timestamp)
             rows |= {_key(one["key"]): int(one["row"]) for one in found}
         return rows
 
     def embeddings_of(self, rows: Sequence[int]) -> Float32Array:
         """Returns the embeddings of rows: see DocumentStore."""
         vectors: dict[int, Float32Array] = {}
+        timestamp = self._shown.state.timestamp
         for some in _chunks(list(dict.fromkeys(rows))):
-            for one in self._query(f"row in {some}", ["row", "embedding"]):
+            for one in self._query(f"row in {some}", ["row", "embedding"], timestamp):
                 vectors[int(one["row"])] = np.asarray(one["embedding"], dtype=np.float32)
         missing = [row for row in rows if row not in vectors]
         if missing:
@@ -138,25 +138,26 @@ class MilvusStore(DocumentStore):
             yield found
             after = found[-1]["id"]
 
-    def _read(self, field: str, values: Sequence[int] | Sequence[str], condition: str) -> list[Document]:
+    def _read(
+        self, field: str, values: Sequence[int] | Sequence[str], condition: str, timestamp: int
+    ) -> list[Document]:
         documents: list[Document] = []
         for some in _chunks(list(values), _DOCUMENTS_PER_QUERY):
-            found = self._query(f"{condition} and {field} in {json.dumps(some)}", _FIELDS)
+            found = self._query(f"{condition} and {field} in {json.dumps(some)}", _FIELDS, timestamp)
             documents += [self._document(one) for one in found]
         return documents
 
-    def _query(self, condition: str, fields: Sequence[str]) -> list[dict[str, Any]]:
-        return self._connection.query(self._collection, condition, fields)
+    def _query(self, condition: str, fields: Sequence[str], timestamp: int) -> list[dict[str, Any]]:
+        return self._connection.query(self._collection, condition, fields, at=timestamp)
 
     def _document(self, found: Mapping[str, Any]) -> Document:
-        metadata = found["metadata"]
         row = int(found["row"])
         return Document(
             row,
             _key(found["key"]),
             found["title"],
             found["text"],
-            None if metadata is None else json.dumps(metadata, ensure_ascii=False, sort_keys=True),
+            found["metadata"] or None,
             self.etag(row),
         )
 

@@ -137,6 +137,5 @@ def _number(value: float) -> str:
 
 
 def fields_of(metadata: str | None) -> dict[str, Any]:
-    """Returns a document's metadata as the fields of an entity: the object, or None, and its terms."""
-    found: dict[str, Any] = {} if metadata is None else json.loads(metadata)
-    return {"metadata": None if metadata is None else found, "terms": terms_of(found)}
+    """Returns a document's metadata as the fields of an entity: JSON as it came, empty for None, and its terms."""
+    return {"metadata": metadata or "", "terms": terms_of(json.loads(metadata) if metadata else {})}

@@ -1,5 +1,6 @@
 """A process that changes a corpus in Milvus until it is killed."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -8,12 +9,13 @@ from typing import TypeVar
 
 import pymilvus  # noqa: F401  (here, so that processes have it when they start)
 
+from rag_serving.errors import UnavailableError
 from retriever_service.corpus.base import Corpus
 from retriever_service.milvus.connection import MilvusAddress
 from retriever_service.milvus.library import MilvusLibrary
 from tests.faults.changing_corpus import ChangingCorpus
 
-LEASE_S = 0.4
+LEASE_S = 2.0
 NAME = "killed"
 _TIMEOUT_S = 10.0
 _CHANGES_PER_LOOK = 5
@@ -52,5 +54,7 @@ class ChangingMilvus(ChangingCorpus):
 def change_until_killed(
     uri: str, folders: Sequence[str], events: Connection, seed: int, switches: bool
 ) -> None:
-    """What the process runs."""
-    ChangingMilvus(uri, folders, events, seed).run(switches)
+    """What the process runs; where Milvus is gone it stays as it is."""
+    with contextlib.suppress(UnavailableError):
+        ChangingMilvus(uri, folders, events, seed).run(switches)
+    threading.Event().wait()

@@ -35,11 +35,12 @@ from tests.faults.changing_corpus import (
 KINDS = ("upsert", "delete", "compact", "activate")
 _KINDS_OF_INDEX = {"flat": "Flat", "graph": "HNSW8"}
 _BUILT = 100
-_LONGEST_S = 0.05
 
 
 class KilledCorpus:
     """Index folders, of which one serves, and what must be in them."""
+
+    longest_s = 0.05  # after which a change that has begun is killed at the latest
 
     def __init__(self, root: Path, seed: int, kinds: Mapping[str, str] = _KINDS_OF_INDEX) -> None:
         """`kinds` are the folders' names and kinds; the first is the one that serves at the beginning."""
@@ -124,8 +125,8 @@ class KilledCorpus:
             while True:
                 left_s = kill_at_s - time.monotonic()
                 if not killed and (left_s <= 0 or not ours.poll(left_s)):
-                    process.kill()
                     killed = True
+                    self._kill(process)
                     continue
                 heard = self._hear(ours, begun)
                 if not killed and heard == kind:
@@ -142,6 +143,10 @@ class KilledCorpus:
         assert killed, f"the process ended by itself: exit code {process.exitcode}"
         return [one for one, _ in begun.values()]
 
+    def _kill(self, process: Any) -> None:
+        """Kills what this is about; the process in any case."""
+        process.kill()
+
     def _hear(self, events: Connection, begun: dict[str, tuple[Change | Switch, float]]) -> str:
         """Takes one event; returns the kind of what has begun, "" where something is done."""
         what, change, answer = events.recv()
@@ -151,7 +156,7 @@ class KilledCorpus:
             return str(change.kind)
         _, began_s = begun.pop(place)
         self._took_s[change.kind] += 0.2 * (
-            min(_LONGEST_S, time.monotonic() - began_s) - self._took_s[change.kind]
+            min(self.longest_s, time.monotonic() - began_s) - self._took_s[change.kind]
         )
         self.acknowledged += 1
         if isinstance(change, Change):

@@ -25,7 +25,7 @@ from retriever_service.main import load, make_serving
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.retriever import Retriever, RetrieverLimits
 from retriever_service.store.passage_reader import PassageCache
-from tests.retriever_service.milvus_server import LEASE_S, MilvusServer, import_folder, library
+from tests.retriever_service.milvus_server import ENGINES, LEASE_S, MilvusServer, import_folder, library
 from tests.retriever_service.tiny_models import (
     bpe_tokenizer,
     make_documents,
@@ -116,9 +116,17 @@ def folder(tmp_path: Path, corpus: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MilvusServer]:
+def milvus_engine(request: pytest.FixtureRequest) -> Callable[[Path], MilvusServer]:
+    """Makes a Milvus of the kind that --milvus names, below a folder."""
+    return ENGINES[request.config.getoption("--milvus")]
+
+
+@pytest.fixture(scope="session")
+def milvus(
+    tmp_path_factory: pytest.TempPathFactory, milvus_engine: Callable[[Path], MilvusServer]
+) -> Iterator[MilvusServer]:
     """Milvus' server, the same for all tests."""
-    server = MilvusServer(tmp_path_factory.mktemp("milvus"))
+    server = milvus_engine(tmp_path_factory.mktemp("milvus"))
     server.start()
     yield server
     server.stop()

@@ -1,4 +1,4 @@
-"""milvus-lite's server on loopback: an API peer of Milvus, whose own limits tests name where they meet them."""
+"""Milvus on loopback: milvus-lite's server, an API peer whose own limits tests name where they meet them, or the engine."""
 
 import contextlib
 import socket
@@ -12,11 +12,12 @@ from typing import Any
 
 from retriever_service.milvus.connection import MilvusAddress
 from retriever_service.milvus.library import MilvusLibrary
+from tests.retriever_service.milvus_standalone import StandaloneMilvus
 
-LEASE_S = 1.0
+LEASE_S = 2.0
 
 
-class MilvusServer:
+class LiteMilvus:
     """One server process; `stop` kills it, and `start` begins another on the same port and data."""
 
     def __init__(self, folder: Path) -> None:
@@ -50,6 +51,10 @@ class MilvusServer:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+
+MilvusServer = LiteMilvus | StandaloneMilvus
+ENGINES: dict[str, type[LiteMilvus] | type[StandaloneMilvus]] = {"lite": LiteMilvus, "standalone": StandaloneMilvus}
 
 
 @contextlib.contextmanager
