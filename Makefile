@@ -130,9 +130,14 @@ format: setup ## rewrite the sources as ruff would have them
 test: setup ## run every test (PYTEST_ARGS= picks some)
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+.PHONY: test-milvus
+test-milvus: setup ## the tests of the Milvus backend on Milvus' own engine: half an hour, most of it waiting
+	@$(BIN)/python -m pytest --milvus standalone tests/retriever_service -k milvus $(PYTEST_ARGS)
+
 .PHONY: faults
 faults: setup ## kill what changes a corpus, each kind of process N=200 times, and check what is left
 	@for what in corpus build service milvus; do OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $$what --kills "$(or $(N),200)"; done
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults milvus-engine --kills "$(or $(N),40)"
 
 .PHONY: clean
 clean: ## remove what was built; var/ (indexes) and .venv go too

@@ -147,8 +147,6 @@ class _UnaryCall(grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg]  # gen
         with limit.interrupted_by(call.cancel):
             try:
                 answer = call.result()
-                self._answered(answer)
-                return answer, call
             except grpc.FutureCancelledError as error:
                 limit.left_s()
                 raise UnavailableError(f"Milvus at {self._uri}: the connection was closed") from error
@@ -158,6 +156,8 @@ class _UnaryCall(grpc.UnaryUnaryMultiCallable):  # type: ignore[type-arg]  # gen
                         f"Milvus at {self._uri} had not answered when the request's deadline passed"
                     ) from error
                 raise
+        self._answered(answer)
+        return answer, call
 
 
 def _pause(pause_s: float, limit: WorkLimit) -> None:

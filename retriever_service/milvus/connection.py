@@ -10,6 +10,8 @@ from retriever_service.errors import DiskFullError
 from retriever_service.milvus.channel import MilvusChannel
 from retriever_service.work_limit import current_limit
 
+logger = logging.getLogger(__name__)
+
 # Codes of Milvus: memory, disk, rate and quota limits; a collection that is gone; a service that is not ready; a
 # parameter of ours.
 _EXHAUSTED = {3, 7, 8, 9}
@@ -85,7 +87,7 @@ class MilvusConnection:
                 named["retry_on_rate_limit"] = False
             return getattr(self._client, method)(*arguments, timeout=timeout, **named)
         except Exception as error:
-            raise self._meaning(error) from error
+            raise self._meaning(error, is_there=self._is_there(error, arguments)) from error
 
     def refused(self, method: str, *arguments: Any, **named: Any) -> str | None:
         """Calls a method with what not every Milvus can do; returns why it refuses, None where it does not."""
@@ -142,7 +144,17 @@ class MilvusConnection:
         """Closes the connection."""
         self._client.close()
 
-    def _meaning(self, error: Exception) -> Exception:
+    def _is_there(self, error: Exception, arguments: Sequence[Any]) -> bool:
+        """Whether a collection is there that an error says is not found: parts of Milvus may say so for a moment."""
+        if getattr(error, "code", None) not in _GONE or not arguments:
+            return False
+        try:
+            return bool(self._client.has_collection(arguments[0], timeout=self.address.timeout_s))
+        except Exception:
+            logger.warning("cannot tell whether Milvus has a collection", extra={"collection": arguments[0]})
+            return True
+
+    def _meaning(self, error: Exception, *, is_there: bool = False) -> Exception:
         said_here = _own(error)
         if said_here is not None:
             return said_here
@@ -150,7 +162,7 @@ class MilvusConnection:
         message = f"Milvus at {self.address.uri}: {_said(error)}"
         if code in _EXHAUSTED:
             return DiskFullError(message, retry_after_s=5.0)
-        if code in _GONE:
+        if code in _GONE and not is_there:
             return DataLossError(message)
         if code in _WRONG:
             return InternalError(message)

@@ -25,7 +25,10 @@ def entity(
     _check(f"{name}.metadata", len(fields["metadata"].encode(errors="surrogatepass")), MAX_VARCHAR_BYTES)
     terms = json.dumps(fields["terms"], ensure_ascii=False, separators=(",", ":"))
     _check(
-        f"{name}.metadata", len(terms.encode(errors="surrogatepass")), MAX_JSON_BYTES, " once its values are indexed"
+        f"{name}.metadata",
+        len(terms.encode(errors="surrogatepass")),
+        MAX_JSON_BYTES,
+        " once its values are indexed",
     )
     return {
         "id": primary_key(key, row),
@@ -41,4 +44,3 @@ def entity(
 def _check(field: str, size_bytes: int, most: int, when: str = "") -> None:
     if size_bytes > most:
         raise InvalidArgumentError(field, f"Milvus keeps at most {most} bytes{when}", size_bytes)
-

@@ -63,7 +63,7 @@ class KilledCorpus:
         counts: collections.Counter[str] = collections.Counter()
         for number in range(kills):
             counts.update(self.kill_during(KINDS[number % len(KINDS)]) or ["between changes"])
-            if say and (number + 1) % 20 == 0:
+            if say and (number + 1) % 10 == 0:
                 print(f"{number + 1} kills, {self.acknowledged} acknowledged, {dict(counts)}", flush=True)
         counts["acknowledged"] = self.acknowledged
         return counts

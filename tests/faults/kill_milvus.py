@@ -1,4 +1,4 @@
-"""Kills a process that changes a corpus in Milvus, or Milvus itself, again and again, and checks what the next finds."""
+"""Kills a process that changes a corpus in Milvus, or Milvus itself, and checks what the next one finds."""
 
 import collections
 import contextlib

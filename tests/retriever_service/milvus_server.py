@@ -1,4 +1,4 @@
-"""Milvus on loopback: milvus-lite's server, an API peer whose own limits tests name where they meet them, or the engine."""
+"""Milvus on loopback: its engine, or milvus-lite's server, a peer whose own limits tests name where they meet them."""
 
 import contextlib
 import socket
@@ -54,7 +54,10 @@ class LiteMilvus:
 
 
 MilvusServer = LiteMilvus | StandaloneMilvus
-ENGINES: dict[str, type[LiteMilvus] | type[StandaloneMilvus]] = {"lite": LiteMilvus, "standalone": StandaloneMilvus}
+ENGINES: dict[str, type[LiteMilvus] | type[StandaloneMilvus]] = {
+    "lite": LiteMilvus,
+    "standalone": StandaloneMilvus,
+}
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import pytest
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag_serving.errors import (
     CancelledByCallerError,
+    DataLossError,
     FailedPreconditionError,
     InvalidArgumentError,
     StartupError,
@@ -465,6 +466,25 @@ def test_errors_of_milvus_are_told_apart(milvus: MilvusServer) -> None:
         error = Exception("said")
         error.code = code  # type: ignore[attr-defined]
         assert type(connection._meaning(error)) is kind
+    connection.close()
+
+
+def test_a_collection_is_gone_only_where_milvus_has_none_when_asked_again(
+    milvus: MilvusServer, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of Milvus have been seen to say that a collection is not found which was there before and after."""
+
+    def not_found(*_: Any, **__: Any) -> None:
+        error = Exception("collection not found")
+        error.code = 100  # type: ignore[attr-defined]
+        raise error
+
+    connection = MilvusConnection(MilvusAddress(milvus.uri))
+    monkeypatch.setattr(connection._client, "query", not_found)
+    with pytest.raises(UnavailableError, match="not found"):
+        connection.query(f"{name}_log", "number == 0", ["id"])
+    with pytest.raises(DataLossError, match="not found"):
+        connection.query(f"{name}_none", "number == 0", ["id"])
     connection.close()
 
 

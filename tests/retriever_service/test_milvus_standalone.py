@@ -1,4 +1,4 @@
-"""The corpus on Milvus' own engine: timestamps, segments and a log that milvus-lite has not. See --milvus for the rest."""
+"""The corpus on Milvus' own engine: its clock, segments and log, which milvus-lite has not."""
 
 import threading
 import time
@@ -54,14 +54,18 @@ def follow_once_loaded(corpus: MilvusCorpus) -> None:
     while True:
         try:
             corpus.follow()
-            return
         except UnavailableError:
             if time.monotonic() > until_s:
                 raise
+        else:
+            return
 
 
 def test_changes_are_seen_once_acknowledged_and_outlive_the_engine(
-    engine: StandaloneMilvus, tmp_path: Path, documents: list[dict[str, Any]], build_corpus: Callable[..., Any]
+    engine: StandaloneMilvus,
+    tmp_path: Path,
+    documents: list[dict[str, Any]],
+    build_corpus: Callable[..., Any],
 ) -> None:
     build_corpus(write_jsonl(tmp_path / "docs.jsonl", documents), tmp_path / "index")
     import_folder(engine.uri, "wiki", tmp_path / "index")
