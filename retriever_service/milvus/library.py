@@ -88,6 +88,8 @@ class MilvusLibrary(CorpusLibrary):
         """Opens the collection that was made from this folder as it is now, or imports it: see CorpusLibrary."""
         snapshot = _snapshot(folder)
         wanted = source_id(snapshot)
+        # An activation that was given up has shown its number to followers, who go on to higher ones alone.
+        number = max(number, self.next_number())
         for corpus in serving:
             if isinstance(corpus, MilvusCorpus) and corpus.source_id == wanted:
                 return corpus, corpus.renumber(number)

@@ -33,6 +33,7 @@ from retriever_service.milvus.corpus import MilvusCorpus
 from retriever_service.milvus.schema import behind, index_parameters, primary_key
 from retriever_service.milvus.state import Change, Checkpoint, State
 from retriever_service.types import SearchParameters
+from tests.retriever_service.damaged_folders import flip, repaired
 from tests.retriever_service.milvus_server import MilvusServer, import_folder, library
 from tests.retriever_service.servicer_calls import DIM, request, tensor, violated_fields
 from tests.retriever_service.test_corpus import DOCUMENTS, delete, found, keys_of, upsert, vector
@@ -158,6 +159,17 @@ def test_an_import_that_cannot_end_leaves_nothing(
             shelf.open(tmp_path / "other", 2, [], QUIET, cancelled)
         assert shelf.next_number() == 2
         assert not shelf._connection.call("has_collection", f"{name}_2")
+
+
+def test_a_repaired_folder_that_nobody_has_changed_is_imported(
+    milvus: MilvusServer, tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
+    """It was refused for want of a changes file."""
+    flip(build_corpus(corpus, tmp_path / "index").index_file)
+    assert repaired(tmp_path / "index")
+    import_folder(milvus.uri, "repaired", tmp_path / "index")
+    with opened(milvus, "repaired") as live:
+        assert len(keys_of(live)) == len(DOCUMENTS)
 
 
 def test_changes_that_were_made_in_the_folder_are_imported(
@@ -385,6 +397,27 @@ def test_a_reader_moves_to_what_was_compacted_and_activated_before_it_takes_over
         upsert(heir, "fresh", seed=4)
     with opened(milvus, name) as corpus:
         assert "fresh" in keys_of(corpus)
+
+
+def test_the_number_of_an_activation_that_was_given_up_is_not_given_again(
+    milvus: MilvusServer, name: str, tmp_path: Path, build_corpus: Build
+) -> None:
+    """A follower had seen it, and would have gone on to no other collection under it."""
+    build_corpus(write_jsonl(tmp_path / "o.jsonl", DOCUMENTS[:9]), tmp_path / "other")
+    never = threading.Event()
+    with library(milvus.uri, name) as shelf, library(milvus.uri, name, take_changes=False) as reading:
+        writer, reader = shelf.active(), reading.active()
+        given_up, generation = shelf.open(writer.folder, 2, [writer], QUIET, never)
+        assert (given_up, generation.number) == (writer, 2)
+        assert reading.newer(reader.generation, [reader]) == (reader, reader.adopt(2))
+        other, generation = shelf.open(tmp_path / "other", 2, [writer], QUIET, never)
+        assert generation.number == 3
+        shelf.remember(other, generation)
+        found_newer = reading.newer(reader.generation, [reader])
+        assert found_newer is not None
+        assert (found_newer[1].number, found_newer[1].index.ntotal) == (3, 9)
+        for corpus in (found_newer[0], other, reader, writer):
+            corpus.close()
 
 
 async def test_a_lost_milvus_is_unavailable_and_found_again(
