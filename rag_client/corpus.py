@@ -65,13 +65,15 @@ def upsert_batches(
     *,
     create_only: bool,
 ) -> list[retriever_service_pb2.UpsertDocumentsRequest]:
-    """Makes the messages; batch n has the request_id "ID-n". Raises ValueError for shapes that do not fit."""
+    """Makes the messages; batch n has the request_id "ID-n". Raises ValueError for embeddings that do not fit."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if embeddings is not None and (np.ndim(embeddings) != 2 or len(embeddings) != len(documents)):
         raise ValueError(
             f"embeddings must be [{len(documents)}, dim], one a document, got {np.shape(embeddings)}"
         )
+    if embeddings is not None and np.asarray(embeddings).dtype.kind in "bSU":
+        raise ValueError(f"embeddings must be numbers, got {np.asarray(embeddings).dtype}")
     requests = []
     for start in range(0, len(documents), batch_size):
         request = retriever_service_pb2.UpsertDocumentsRequest(
@@ -156,6 +158,6 @@ def _message(given: CorpusDocument) -> document_pb2.Document:
         message.metadata.SetInParent()
         try:
             message.metadata.update(given.metadata)
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"the metadata of {given.key!r} cannot be sent: {error}") from error
     return message

@@ -18,7 +18,7 @@ def documents_table(documents: Sequence[CorpusDocument], *, header: bool) -> Ren
     """Documents of the corpus: row, key, title and how the text begins."""
     table = Table(box=None, pad_edge=False, header_style="dim", show_header=header)
     table.add_column("row", justify="right")
-    table.add_column("key")
+    table.add_column("key", overflow="fold")
     table.add_column("title")
     table.add_column("text")
     for one in documents:

@@ -1,7 +1,9 @@
 """Documents to write into a corpus, a JSON object on each line, read in batches."""
 
+import codecs
 import gzip
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from rag_client.errors import FieldViolation
 from rag_client.types import CorpusDocument
 
 STDIN = "-"
@@ -18,6 +21,8 @@ STDIN = "-"
 _MAX_BATCH_BYTES = 4 << 20
 _TEXTS = ("key", "title", "text", "etag")
 _KNOWN = frozenset({*_TEXTS, "metadata", "embedding", "row"})
+# How the service names a document of a batch, and another one of it that has the same key.
+_NUMBERED = re.compile(r"^(is )?(documents|embeddings)\[(\d+)\](?:\.(\w+))?")
 
 
 class DocumentFileError(ValueError):
@@ -26,16 +31,33 @@ class DocumentFileError(ValueError):
 
 @dataclass(slots=True)
 class DocumentBatch:
-    """Documents with their embeddings, float32 [documents, dim], or without; `size_bytes` of lines."""
+    """Documents with their embeddings, float32 [documents, dim], or without; `size_bytes` of lines.
+
+    `places` has file and line of each document.
+    """
 
     documents: list[CorpusDocument] = field(default_factory=list)
     vectors: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     size_bytes: int = 0
 
     @property
     def embeddings(self) -> npt.NDArray[np.float32] | None:
         """The embeddings, None where the lines have none."""
         return np.stack(self.vectors) if self.vectors else None
+
+    def placed(self, violation: FieldViolation) -> FieldViolation:
+        """Names the line of what is wrong, where the service names the document's number in the batch."""
+        return FieldViolation(
+            _NUMBERED.sub(self._place, violation.field), _NUMBERED.sub(self._place, violation.description)
+        )
+
+    def _place(self, found: re.Match[str]) -> str:
+        before, what, number, inner = found.groups()
+        if int(number) >= len(self.places):
+            return found[0]
+        inner = "embedding" if what == "embeddings" else inner
+        return (before or "") + self.places[int(number)] + (f": {inner}" if inner else "")
 
 
 @contextmanager
@@ -59,18 +81,20 @@ def read_batches(stream: IO[bytes], name: str, batch_size: int) -> Iterator[Docu
     has. "row" is not read: so what `rag documents list --json` prints can be written. Raises DocumentFileError.
     """
     batch, dimension = DocumentBatch(), None
-    for number, line in enumerate(stream, 1):
+    for number, given in enumerate(stream, 1):
+        line = given.removeprefix(codecs.BOM_UTF8) if number == 1 else given
         if batch.documents and (
             len(batch.documents) >= batch_size or batch.size_bytes + len(line) > _MAX_BATCH_BYTES
         ):
             yield batch
             batch = DocumentBatch()
-        batch.size_bytes += len(line)
+        batch.size_bytes += len(given)
         if not line.strip():
             continue
         where = f"{name}, line {number}"
         fields = _fields(line, where)
         batch.documents.append(_document(fields, where))
+        batch.places.append(where)
         vector = _vector(fields.get("embedding"), where)
         found = 0 if vector is None else len(vector)
         if dimension not in {None, found}:
@@ -119,6 +143,8 @@ def _document(fields: dict[str, Any], where: str) -> CorpusDocument:
 def _vector(embedding: object, where: str) -> npt.NDArray[np.float32] | None:
     if embedding is None:
         return None
+    if not isinstance(embedding, list) or not set(map(type, embedding)) <= {float, int}:
+        raise DocumentFileError(f"{where}: embedding must be a list of numbers")
     try:
         with np.errstate(over="ignore"):  # what overflows is refused below
             vector = np.asarray(embedding, np.float32)

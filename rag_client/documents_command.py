@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from rag_client import corpus_views
+from rag_client.client import RagClient
 from rag_client.command_line import (
     Json,
     Retriever,
@@ -18,8 +19,9 @@ from rag_client.command_line import (
     print_json_line,
     shown_progress,
 )
-from rag_client.corpus import new_request_id
-from rag_client.document_file import STDIN, DocumentFileError, opened, read_batches
+from rag_client.corpus import Upserted, new_request_id
+from rag_client.document_file import STDIN, DocumentBatch, DocumentFileError, opened, read_batches
+from rag_client.errors import InvalidRequestError
 from rag_client.settings import client_settings
 
 _PAGE = 100
@@ -68,13 +70,7 @@ def upsert(
         known = file != STDIN and not file.endswith(".gz")
         task = progress.add_task("writing", total=Path(file).stat().st_size if known else None, documents=0)
         for number, batch in enumerate(read_batches(stream, file, batch_size)):
-            done = client.upsert_documents(
-                batch.documents,
-                batch.embeddings,
-                request_id=f"{request_id}-{number}",
-                create_only=create_only,
-                batch_size=len(batch.documents),
-            )
+            done = _upserted(client, batch, f"{request_id}-{number}", create_only=create_only)
             written["created"] += done.created
             written["replaced"] += done.replaced
             written["sequence"] = done.sequence
@@ -173,6 +169,21 @@ def get(
         raise typer.Exit(1)
 
 
+def _upserted(client: RagClient, batch: DocumentBatch, request_id: str, *, create_only: bool) -> Upserted:
+    """Writes a batch; what is refused of it is named by file and line."""
+    try:
+        return client.upsert_documents(
+            batch.documents,
+            batch.embeddings,
+            request_id=request_id,
+            create_only=create_only,
+            batch_size=len(batch.documents),
+        )
+    except InvalidRequestError as error:
+        error.field_violations = tuple(map(batch.placed, error.field_violations))
+        raise
+
+
 @contextmanager
 def _broken_off(request_id: str, done: dict[str, int]) -> Iterator[None]:
     """Says of a change that ends before its time what it did, and how to go on; bad input is exit status 2."""
@@ -196,9 +207,10 @@ def _say_how_to_go_on(request_id: str, done: dict[str, int]) -> None:
 def _keys_of(file: str) -> list[str]:
     with opened(file) as stream:
         try:
-            return [line for line in stream.read().decode().replace("\r\n", "\n").split("\n") if line]
+            lines = stream.read().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except UnicodeDecodeError as error:
             raise DocumentFileError(f"cannot read {file}: {error}") from error
+    return [line for line in lines if line]
 
 
 def _say_missing(names: Sequence[str]) -> None:

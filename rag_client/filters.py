@@ -6,7 +6,7 @@
 {"$or": [{"language": "en"}, {"$not": {"year": 1990}}]} $and, $or, $not
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -58,6 +58,8 @@ def _field_condition(field: str, operators: Mapping[str, Any]) -> filter_pb2.Fil
             equal = filter_pb2.Filter(equal=filter_pb2.Equal(field=field, value=_value(field, value)))
             found.append(equal if operator == "$eq" else filter_pb2.Filter(negation=equal))
         elif operator in {"$in", "$nin"}:
+            if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+                raise TypeError(f"{field}: {operator} takes a list of values, got {value!r}")
             values = [_value(field, one) for one in value]
             one_of = filter_pb2.Filter(one_of=filter_pb2.OneOf(field=field, values=values))
             found.append(one_of if operator == "$in" else filter_pb2.Filter(negation=one_of))

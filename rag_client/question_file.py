@@ -27,7 +27,7 @@ def read_questions(path: Path) -> list[Question]:
     Raises QuestionFileError.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise QuestionFileError(f"cannot read {path}: {error}") from error
     questions = [_question(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]

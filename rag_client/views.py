@@ -109,6 +109,8 @@ def status_view(
 def facts_table(described: ModelInfo | IndexInfo) -> Table:
     """A model or an index, a line a fact."""
     facts = Table.grid(padding=(0, 2))
+    facts.add_column()
+    facts.add_column(overflow="fold")  # a digest or a folder is of use as a whole
     for name in described.__dataclass_fields__:
         facts.add_row(Text(name, style="dim"), Text(_fact(getattr(described, name))))
     return facts

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from google.protobuf import json_format, struct_pb2, timestamp_pb2
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag_serving import struct_codec, tensor_codec
 from rag_serving.errors import InvalidArgumentError
-from retriever_service.corpus.base import Delete, NewDocument
+from retriever_service.corpus.base import Delete, NewDocument, Page
 from retriever_service.embedding_rule import first_refused
 from retriever_service.index.manifest import Embedding
 from retriever_service.types import MAX_METADATA_DEPTH, Document, Float32Array, metadata_depth
@@ -21,14 +22,18 @@ from retriever_service.types import MAX_METADATA_DEPTH, Document, Float32Array, 
 _MAX_KEY_BYTES = 1024
 _MAX_REQUEST_ID_BYTES = 256
 _MAX_METADATA_BYTES = 1 << 16
+# What a message has beside its documents' own bytes: a tag and a length for each, a token and a total for all.
+_MAX_ELEMENT_BYTES = 6
+_MAX_PAGE_FIELDS_BYTES = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class ChangeLimits:
-    """What a change or a listing may ask for."""
+    """What a change, a listing or a reading may ask for; `max_message_bytes` are an answer's."""
 
     max_documents: int = 1000
     max_text_bytes: int = 1 << 20
+    max_message_bytes: int = 64 << 20
 
 
 def document(found: Document) -> document_pb2.Document:
@@ -111,9 +116,36 @@ def read_page(
     return after, request.page_size or min(100, limits.max_documents)
 
 
-def page_token(documents: Sequence[Document]) -> str:
-    """Returns the token that continues behind these documents."""
-    return base64.urlsafe_b64encode(documents[-1].key.encode()).decode()
+def page_response(
+    page: Page, total_size: int, limits: ChangeLimits
+) -> retriever_service_pb2.ListDocumentsResponse:
+    """Returns as much of a page as a message holds, one document at least; the next page goes on behind it."""
+    max_bytes = limits.max_message_bytes - _MAX_PAGE_FIELDS_BYTES
+    documents = documents_within(page.documents, max_bytes)
+    if page.documents and not documents:
+        documents = [document(page.documents[0])]
+    more = page.more or len(documents) < len(page.documents)
+    return retriever_service_pb2.ListDocumentsResponse(
+        documents=documents,
+        next_page_token=_page_token(documents[-1].key) if more else "",
+        total_size=total_size,
+    )
+
+
+def documents_within(found: Sequence[Document], max_bytes: int) -> list[document_pb2.Document]:
+    """Returns the first of these documents as they go on the wire, as many as so many bytes of a message hold."""
+    documents: list[document_pb2.Document] = []
+    for one in found:
+        made = document(one)
+        max_bytes -= made.ByteSize() + _MAX_ELEMENT_BYTES
+        if max_bytes < 0:
+            break
+        documents.append(made)
+    return documents
+
+
+def _page_token(key: str) -> str:
+    return base64.urlsafe_b64encode(key.encode()).decode()
 
 
 def digest_of(request: Any) -> str:
@@ -172,5 +204,11 @@ def _metadata(field: str, given: struct_pb2.Struct) -> str:
 
 def _struct(metadata: str) -> struct_pb2.Struct:
     struct = struct_pb2.Struct()
-    struct.update(json.loads(metadata))
+    struct.update(json.loads(metadata, parse_int=_wire_integer))
     return struct
+
+
+def _wire_integer(digits: str) -> float | str:
+    """A Struct's numbers are doubles: an integer beyond them, which old corpora may hold, goes as its digits."""
+    number = float(digits)
+    return number if math.isfinite(number) else digits

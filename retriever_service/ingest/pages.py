@@ -1,6 +1,9 @@
 """Reads a folder of Markdown and text files: a page a file, its title from front matter, heading or name."""
 
-from collections.abc import Iterator
+import html
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +16,41 @@ from retriever_service.errors import BuildError
 MARKDOWN_SUFFIXES = frozenset({".md", ".markdown"})
 TEXT_SUFFIXES = frozenset({".txt", ".text"})
 _FENCE = "---"
+_NULL = "tag:yaml.org,2002:null"
 _markdown = MarkdownIt("commonmark").enable("table")
+# Tags within a word or a sentence; all others stand between words.
+_INLINE_TAG = re.compile(
+    r"</?(?:a|abbr|b|code|em|i|kbd|mark|s|small|span|strong|sub|sup|u)\b[^<>]*>", re.IGNORECASE
+)
+_UNSEEN = re.compile(
+    r"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1\s*>|\Z)|<[/!?a-z][^>]*(?:>|\Z)", re.IGNORECASE | re.DOTALL
+)
 
 
 def page_files(path: Path) -> list[Path]:
-    """Returns the pages in a folder and below it, by name; hidden ones are left out. A file is itself a page."""
+    """Returns the pages in a folder and below it, by name; hidden ones are left out. A file is itself a page.
+
+    Raises BuildError naming a folder that cannot be read.
+    """
     if path.is_file():
         return [path]
-    return sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in MARKDOWN_SUFFIXES | TEXT_SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    found: list[Path] = []
+    try:
+        for folder, inner, names in os.walk(path, onerror=_raise):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            files = (Path(folder, name) for name in names if not name.startswith("."))
+            found += [file for file in files if _is_page(file) and file.is_file()]
+    except OSError as error:
+        raise BuildError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    return sorted(found)
 
 
-def read_pages(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields key (the path in the folder), title and text of each page, and where it came from.
+def read_pages(path: Path, files: Iterable[Path]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yields key (the path in the folder `path`), title and text of each page, and where it came from.
 
     Pages without text are left out. Raises BuildError naming a file that cannot be read.
     """
-    for file in page_files(path):
+    for file in files:
         try:
             content = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -66,24 +82,37 @@ def markdown_page(content: str) -> tuple[str | None, str]:
     return title, "\n\n".join(blocks)
 
 
+def _is_page(file: Path) -> bool:
+    return file.suffix.lower() in MARKDOWN_SUFFIXES | TEXT_SUFFIXES
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _front_matter(content: str) -> tuple[str | None, str]:
     head, fence, body = content.removeprefix(f"{_FENCE}\n").partition(f"\n{_FENCE}\n")
     if not content.startswith(f"{_FENCE}\n") or not fence:
         return None, content
     try:
-        fields = yaml.safe_load(head)
-    except yaml.YAMLError:
+        # Composed, not constructed: of values that are none, such as dates that no calendar has, nothing is asked.
+        fields = yaml.compose(head, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError):
         return None, content
-    if not isinstance(fields, dict):
+    if not isinstance(fields, yaml.MappingNode):
         return None, content
-    title = fields.get("title")
-    return None if title is None else str(title), body
+    title = next((value for name, value in reversed(fields.value) if name.value == "title"), None)
+    if not isinstance(title, yaml.ScalarNode) or title.tag == _NULL:
+        return None, body
+    return title.value, body
 
 
 def _plain(token: Token) -> str:
-    """Returns what a reader sees of a token; markup and HTML are not text."""
+    """Returns what a reader sees of a token; markup and HTML's tags are not text."""
     if token.type in {"fence", "code_block"}:
         return token.content.strip("\n")
+    if token.type == "html_block":
+        return " ".join(html.unescape(_UNSEEN.sub(" ", _INLINE_TAG.sub("", token.content))).split())
     if token.type != "inline":
         return ""
     pieces = []

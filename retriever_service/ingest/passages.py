@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import sentencex
 
 from retriever_service.errors import BuildError
-from retriever_service.ingest.records import Record, checked_size
+from retriever_service.ingest.records import MAX_KEY_BYTES, Record, checked_size
 
 DEFAULT_WORDS = 100
 # A Han or kana character counts as a word, and so do 24 characters of a script that puts no spaces.
@@ -17,15 +17,17 @@ _WORD = re.compile(r"[぀-ヿ㐀-鿿豈-﫿]|[^\s぀-ヿ㐀-鿿豈-﫿]{1,24}")
 def split_record(record: Record, words: int, language: str, max_text_bytes: int) -> Iterator[Record]:
     """Yields the passages of a record, with its title and metadata; their keys are key#1, key#2, …
 
-    Raises BuildError for a record with an embedding, which is the whole text's, and for a passage that is
-    longer than max_text_bytes.
+    Raises BuildError for a record with an embedding, which is the whole text's, for a passage that is longer
+    than max_text_bytes, and for a key that its number makes too long.
     """
     if record.embedding is not None:
         raise BuildError(f"{record.where}: has an embedding, which passages of its text cannot share")
     for number, text in enumerate(split_text(record.text, words, language), start=1):
         where = f"{record.where}, passage {number}"
+        key = f"{record.key}#{number}"
+        checked_size(key, "key", where, MAX_KEY_BYTES)
         checked_size(text, "text", where, max_text_bytes)
-        yield dataclasses.replace(record, where=where, key=f"{record.key}#{number}", text=text)
+        yield dataclasses.replace(record, where=where, key=key, text=text)
 
 
 def split_text(text: str, words: int, language: str = "en") -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import (
@@ -30,11 +30,17 @@ _STAGES = {
 _SECONDS_PER_LINE = 10.0
 
 
+Estimate = Callable[[int], int | None]
+
+
 @contextlib.contextmanager
-def shown_progress(console: Console) -> Iterator[BuildProgress]:
-    """Gives what a build reports to."""
+def shown_progress(console: Console, estimate: Estimate = lambda _done: None) -> Iterator[BuildProgress]:
+    """Gives what a build reports to.
+
+    Where a stage says no total, `estimate` says about how many there are, from how many are done.
+    """
     if not console.is_terminal:
-        yield _Lines(console)
+        yield _Lines(console, estimate)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -45,7 +51,7 @@ def shown_progress(console: Console) -> Iterator[BuildProgress]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        yield _Bars(bars)
+        yield _Bars(bars, estimate)
 
 
 class _SpeedColumn(ProgressColumn):
@@ -57,11 +63,13 @@ class _SpeedColumn(ProgressColumn):
 class _Bars:
     """Shows each stage as a progress bar of its own."""
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: Progress, estimate: Estimate) -> None:
         self._bars = bars
+        self._estimate = estimate
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
+        total = self._estimate(done) if total is None else total
         if stage not in self._tasks:
             for task in self._tasks.values():
                 self._bars.update(task, total=self._bars.tasks[task].completed or 1)
@@ -71,25 +79,39 @@ class _Bars:
 
 
 class _Lines:
-    """Prints a line when a stage begins and every ten seconds: logs show no bars."""
+    """Prints a line when a stage begins, every ten seconds and when it ends: logs show no bars."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, estimate: Estimate) -> None:
         self._console = console
+        self._estimate = estimate
         self._stage = ""
         self._began_s = self._said_s = 0.0
         self._began_at = 0
+        self._unsaid: int | None = None
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         now_s = time.monotonic()
         if stage != self._stage:
+            if self._unsaid is not None:
+                self._say(self._unsaid, "", now_s)
             self._stage, self._began_s, self._began_at = stage, now_s, done
         elif done != total and now_s - self._said_s < _SECONDS_PER_LINE:
+            self._unsaid = done
             return
-        self._said_s = now_s
-        of = "" if total is None else f" of {total:,}"
+        self._say(done, self._of(done, total), now_s)
+
+    def _of(self, done: int, total: int | None) -> str:
+        if total is not None:
+            return f" of {total:,}"
+        about = self._estimate(done)
+        return "" if about is None else f" of about {about:,}"
+
+    def _say(self, done: int, of: str, now_s: float) -> None:
+        self._said_s, self._unsaid = now_s, None
         took_s = now_s - self._began_s
         speed = f", {(done - self._began_at) / took_s:,.0f}/s" if took_s > 0 and done > 1 else ""
-        self._console.print(f"{_described(stage, self._began_at)}: {done:,}{of}{speed}", highlight=False)
+        said = f"{_described(self._stage, self._began_at)}: {done:,}{of}{speed}"
+        self._console.print(said, highlight=False, soft_wrap=True)
 
 
 def _described(stage: str, began_at: int) -> str:

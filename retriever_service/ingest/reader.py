@@ -4,12 +4,15 @@ import csv
 import enum
 import gzip
 import hashlib
+import io
 import itertools
 import json
+import os
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from retriever_service.errors import BuildError
 from retriever_service.ingest.pages import MARKDOWN_SUFFIXES, TEXT_SUFFIXES, page_files, read_pages
@@ -58,6 +61,7 @@ class CorpusReader:
         default_words = DEFAULT_WORDS if self.format is CorpusFormat.PAGES else None
         self._passage_words = passage_words or default_words
         self._language = language
+        self._share_read = 0.0
 
     def __iter__(self) -> Iterator[Record]:
         """Yields the records in order. Raises BuildError naming the line or row of a bad one."""
@@ -67,20 +71,28 @@ class CorpusReader:
             CorpusFormat.DATASETS: self._read_datasets,
             CorpusFormat.PAGES: self._read_pages,
         }[self.format]
-        if self._passage_words is None:
-            for fields, where in read():
-                yield checked_record(fields, where, self._max_text_bytes)
-            return
+        self._share_read = 0.0
         for number, (fields, where) in enumerate(read()):
+            if self._passage_words is None:
+                yield checked_record(fields, where, self._max_text_bytes)
+                continue
             named = fields if fields.get("key") is not None else fields | {"key": number}
             record = checked_record(named, where, sys.maxsize)
             yield from split_record(record, self._passage_words, self._language, self._max_text_bytes)
+        self._share_read = 1.0
 
     def count(self) -> int | None:
         """Returns the number of records where that is cheap to know, for a progress bar."""
         if self.format is not CorpusFormat.DATASETS or self._passage_words is not None:
             return None
         return len(self._dataset())
+
+    def estimated_count(self, num_read: int) -> int | None:
+        """Returns about how many records there are, where so many came of what the last reading has read.
+
+        That is the share of the file's bytes, or of the files or rows; None as long as nothing is read.
+        """
+        return round(num_read / self._share_read) if self._share_read else None
 
     def nth(self, position: int) -> Record:
         """Returns record `position`, counted from 0, by reading up to it."""
@@ -96,7 +108,8 @@ class CorpusReader:
         digest.update(repr(settings).encode())
         for file in self._files():
             found = file.stat()
-            digest.update(f"\0{file.absolute()}\0{found.st_size}\0{found.st_mtime_ns}".encode())
+            digest.update(b"\0" + os.fsencode(file.absolute()))  # a name need not be UTF-8
+            digest.update(f"\0{found.st_size}\0{found.st_mtime_ns}".encode())
         return digest.hexdigest()
 
     def _files(self) -> list[Path]:
@@ -107,41 +120,39 @@ class CorpusReader:
         return [self.path]
 
     def _read_jsonl(self) -> Iterator[tuple[dict[str, Any], str]]:
-        with self._open() as stream:
-            for number, line in enumerate(self._lines(stream), start=1):
-                where = f"{self.path}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    fields = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise BuildError(f"{where}: not JSON: {error}") from error
-                if not isinstance(fields, dict):
-                    raise BuildError(f"{where}: must be a JSON object, got {type(fields).__name__}")
-                unknown = sorted(set(fields) - _JSON_FIELDS)
-                if unknown:
-                    raise BuildError(f"{where}: unknown field {unknown[0]!r}; known: {sorted(_JSON_FIELDS)}")
-                yield fields, where
+        for number, line in enumerate(self._lines(), start=1):
+            where = f"{self.path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BuildError(f"{where}: not JSON: {error}") from error
+            if not isinstance(fields, dict):
+                raise BuildError(f"{where}: must be a JSON object, got {type(fields).__name__}")
+            unknown = sorted(set(fields) - _JSON_FIELDS)
+            if unknown:
+                raise BuildError(f"{where}: unknown field {unknown[0]!r}; known: {sorted(_JSON_FIELDS)}")
+            yield fields, where
 
     def _read_tsv(self) -> Iterator[tuple[dict[str, Any], str]]:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-        with self._open() as stream:
-            rows = csv.reader(self._lines(stream), delimiter="\t", strict=True)
-            while True:
-                where = f"{self.path}, line {rows.line_num + 1}"
-                try:
-                    columns = next(rows, None)
-                except csv.Error as error:
-                    raise BuildError(f"{where}: {error}") from error
-                if columns is None:
-                    return
-                if where.endswith("line 1"):
-                    if columns != ["id", "text", "title"]:
-                        raise BuildError(f"{where}: the header must be id, text, title, got {columns}")
-                elif len(columns) == 3:
-                    yield dict(zip(("key", "text", "title"), columns, strict=True)), where
-                elif columns:
-                    raise BuildError(f"{where}: must have 3 columns, got {len(columns)}")
+        rows = csv.reader(self._lines(), delimiter="\t", strict=True)
+        while True:
+            where = f"{self.path}, line {rows.line_num + 1}"
+            try:
+                columns = next(rows, None)
+            except csv.Error as error:
+                raise BuildError(f"{where}: {error}") from error
+            if columns is None:
+                return
+            if where.endswith("line 1"):
+                if columns != ["id", "text", "title"]:
+                    raise BuildError(f"{where}: the header must be id, text, title, got {columns}")
+            elif len(columns) == 3:
+                yield dict(zip(("key", "text", "title"), columns, strict=True)), where
+            elif columns:
+                raise BuildError(f"{where}: must have 3 columns, got {len(columns)}")
 
     def _read_datasets(self) -> Iterator[tuple[dict[str, Any], str]]:
         dataset = self._dataset()
@@ -169,11 +180,18 @@ class CorpusReader:
                     fields["metadata"] = {name: value for name, value in given.items() if value is not None}
                 yield fields, f"{self.path}, row {row}"
                 row += 1
+                self._share_read = row / len(dataset)
 
     def _read_pages(self) -> Iterator[tuple[dict[str, Any], str]]:
-        if not page_files(self.path):
+        files = page_files(self.path)
+        if not files:
             raise BuildError(f"{self.path}: neither a datasets folder nor one with .md or .txt files")
-        yield from read_pages(self.path)
+        yield from read_pages(self.path, self._counted(files))
+
+    def _counted(self, files: list[Path]) -> Iterator[Path]:
+        for num_read, file in enumerate(files):
+            self._share_read = num_read / len(files)
+            yield file
 
     def _dataset(self) -> Any:
         # Imported here: reading the other formats must not cost the second that datasets takes to import.
@@ -183,20 +201,36 @@ class CorpusReader:
             dataset = load_from_disk(str(self.path))
         except (OSError, ValueError) as error:
             raise BuildError(f"{self.path} is not a datasets folder: {error}") from error
+        except (LookupError, TypeError, AttributeError) as error:  # what datasets makes of an unexpected file
+            raise BuildError(
+                f"{self.path}: no rows, or a state.json or dataset_info.json that is damaged: {error!r}"
+            ) from error
         if not isinstance(dataset, Dataset):
             raise BuildError(f"{self.path} holds several splits; give the folder of one: {sorted(dataset)}")
         return dataset
 
-    def _open(self) -> IO[str]:
-        if self.path.suffix == ".gz":
-            return gzip.open(self.path, "rt", encoding="utf-8", newline="")
-        return self.path.open("rt", encoding="utf-8", newline="")
+    def _lines(self) -> Iterator[str]:
+        with self.path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            packed = gzip.GzipFile(fileobj=file) if self.path.suffix == ".gz" else file
+            try:
+                # What is no UTF-8 comes as surrogates, so that its line can be named.
+                with io.TextIOWrapper(packed, "utf-8-sig", errors="surrogateescape", newline="") as stream:
+                    for number, line in enumerate(stream, start=1):
+                        self._check_utf8(line, number)
+                        self._share_read = file.tell() / size_bytes
+                        yield line
+            except (OSError, EOFError, zlib.error) as error:
+                raise BuildError(f"{self.path}: cannot be read: {error}") from error
 
-    def _lines(self, stream: IO[str]) -> Iterator[str]:
+    def _check_utf8(self, line: str, number: int) -> None:
+        if line.isascii():
+            return
         try:
-            yield from stream
-        except (UnicodeDecodeError, OSError, EOFError) as error:
-            raise BuildError(f"{self.path}: cannot be read: {error}") from error
+            line.encode()
+        except UnicodeEncodeError as error:
+            byte = ord(line[error.start]) - 0xDC00
+            raise BuildError(f"{self.path}, line {number}: is not UTF-8: byte 0x{byte:02x}") from error
 
 
 def _format_of(path: Path) -> CorpusFormat:

@@ -1,7 +1,7 @@
 """One passage of a corpus on its way into an index, and the checks that it must pass."""
 
 import json
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from retriever_service.errors import BuildError
 from retriever_service.types import MAX_METADATA_DEPTH, Float32Array, metadata_depth
 
 MAX_TEXT_BYTES = 1 << 20
-_MAX_KEY_BYTES = 1024
+MAX_KEY_BYTES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def checked_record(fields: dict[str, Any], where: str, max_text_bytes: int = MAX
     title = fields.get("title")
     return Record(
         where=where,
-        key=None if key is None else _checked_text(str(key), "key", where, _MAX_KEY_BYTES, required=True),
+        key=None if key is None else _checked_text(str(key), "key", where, MAX_KEY_BYTES, required=True),
         title=_checked_text("" if title is None else title, "title", where, max_text_bytes),
         text=_checked_text(fields.get("text"), "text", where, max_text_bytes, required=True),
         metadata=None if metadata is None else _checked_metadata(metadata, where),
@@ -76,14 +76,29 @@ def _checked_metadata(metadata: dict[str, Any], where: str) -> str:
     if metadata_depth(metadata) > MAX_METADATA_DEPTH:
         raise BuildError(f"{where}: metadata is nested more than {MAX_METADATA_DEPTH} levels deep")
     try:
-        return json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False)
+        text = json.dumps(metadata, ensure_ascii=False, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BuildError(f"{where}: metadata is not JSON: {error}") from error
+    checked_size(text, "metadata", where, sys.maxsize)
+    if not _fits_doubles(metadata):
+        raise BuildError(
+            f"{where}: metadata has an integer beyond ±{sys.float_info.max:.2g}, the largest double"
+        )
+    return text
 
 
-def _checked_embedding(embedding: Sequence[float] | None, where: str) -> Float32Array | None:
+def _fits_doubles(value: object) -> bool:
+    """Whether all integers can go on the wire, whose numbers are doubles."""
+    if isinstance(value, dict | list):
+        return all(map(_fits_doubles, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or abs(value) <= sys.float_info.max
+
+
+def _checked_embedding(embedding: object, where: str) -> Float32Array | None:
     if embedding is None:
         return None
+    if not _holds_numbers(embedding):
+        raise BuildError(f"{where}: embedding must be a list of numbers")
     try:
         vector = np.asarray(embedding, dtype=np.float32)
     except (TypeError, ValueError, OverflowError) as error:
@@ -94,3 +109,10 @@ def _checked_embedding(embedding: Sequence[float] | None, where: str) -> Float32
     if refused is not None:
         raise BuildError(f"{where}: embedding {refused.reason}")
     return vector
+
+
+def _holds_numbers(embedding: object) -> bool:
+    """Whether there are numbers alone: numpy would read True and "3" as some, too."""
+    if isinstance(embedding, list):
+        return set(map(type, embedding)) <= {float, int}
+    return isinstance(embedding, np.ndarray) and embedding.dtype.kind in "fiu"

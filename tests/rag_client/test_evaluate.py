@@ -77,6 +77,12 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str, complain
     assert complaint in result.stderr
 
 
+def test_a_byte_order_mark_is_no_part_of_the_questions(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps(QUESTION), "utf-8-sig")
+    assert [one.question for one in read_questions(file)] == [QUESTION["question"]]
+
+
 def test_a_file_that_is_not_there_or_empty_is_named(tmp_path: Path) -> None:
     with pytest.raises(QuestionFileError, match="cannot read"):
         read_questions(tmp_path / "none.jsonl")

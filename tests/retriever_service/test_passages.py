@@ -78,6 +78,13 @@ def test_embedding_of_a_whole_text_is_not_given_to_its_passages(tmp_path: Path) 
         list(CorpusReader(tmp_path / "c.jsonl", passage_words=4))
 
 
+def test_key_that_its_passage_number_makes_too_long_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text(json.dumps({"key": "k" * 1024, "text": "a"}))
+    assert len(list(CorpusReader(tmp_path / "c.jsonl"))) == 1
+    with pytest.raises(BuildError, match="line 1, passage 1: key has 1026 bytes, at most 1024"):
+        list(CorpusReader(tmp_path / "c.jsonl", passage_words=4))
+
+
 @pytest.mark.parametrize(
     ("content", "title", "text"),
     [
@@ -85,6 +92,18 @@ def test_embedding_of_a_whole_text_is_not_given_to_its_passages(tmp_path: Path) 
         ("Intro.\n\nTitle\n=====\nBody [link](http://x).", "Title", "Intro.\n\nBody link."),
         ("---\ntitle: From front\n---\n# Heading\ntext", "From front", "Heading\n\ntext"),
         ("---\n: [\n---\nx", None, ": [\n\nx"),
+        ("---\ntitle: X\ndate: 2024-02-30\n---\nbody", "X", "body"),
+        ("---\ntitle: yes\nn: !!int x\n---\nbody", "yes", "body"),
+        ("---\ntitle: ~\n---\n# Heading\nbody", "Heading", "body"),
+        (f"---\na: {1000 * '['}{1000 * ']'}\n---\nbody", f"a: {1000 * '['}{1000 * ']'}", "body"),
+        ('---\na: "\\UFFFFFFFF"\n---\nbody', 'a: "\\UFFFFFFFF"', "body"),
+        (
+            "<details>\n<summary>More &amp; <b>mo</b>re</summary>\n\nHidden *text*\n\n</details>\n",
+            None,
+            "More & more\n\nHidden text",
+        ),
+        ('<p align="center">\n  Hello,\n  <a href="x">you</a><br>there\n</p>', None, "Hello, you there"),
+        ("<!-- unseen -->\n\n<style>p {}</style>\n\n<script>\nx\n\ny\n</script>\n\ntext", None, "text"),
         (
             "```py\nx = 1\n```\n\n<b>no</b>\n\n| a | b |\n|---|---|\n| 1 | 2 |\n",
             None,
