@@ -2,7 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from retriever_service.metrics import RetrieverMetrics
 from retriever_service.scoring import Scored, score
 from retriever_service.store.passage_reader import Passage, PassageReader
 from retriever_service.types import Contexts, Document, Float32Array, Int64Array, Metric, Query, Retrieved
+
+_OneT = TypeVar("_OneT")
+_LONG_CHARACTERS = 1 << 14
+"""Of a document: some thousand tokens, and a hundredth of a second for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +56,8 @@ class Completer:
         """Returns the answer of each; raises what any of them alone would raise.
 
         That is DataLossError where a row of the index has no document, and InvalidArgumentError where a
-        doc_score overflows.
+        doc_score overflows. An answer with a long document gets its contexts from `assemble`, not here: others
+        wait behind this.
         """
         with self._metrics.assemble_seconds.time():
             present = np.unique(np.concatenate([one.found.ravel() for one in batch]))
@@ -62,11 +68,23 @@ class Completer:
                 zip(present.tolist(), (passage.document for passage in read), strict=True)
             )
             documents = [[[by_row.get(row) for row in rows] for rows in one.rows.tolist()] for one in scored]
-            contexts = self._assemble(batch, documents)
+            long = {row for row, document in by_row.items() if document is not None and _is_long(document)}
+            wanted = [
+                not one.query.skip_contexts and (not long or long.isdisjoint(found.rows.flat))
+                for one, found in zip(batch, scored, strict=True)
+            ]
+            contexts = self._assemble([one.query for one in batch], documents, wanted)
         return [
             self._retrieved(one, found, assembled)
             for one, found, assembled in zip(scored, documents, contexts, strict=True)
         ]
+
+    def assemble(self, query: Query, retrieved: Retrieved) -> Retrieved:
+        """Returns the answer to a query with the contexts that `complete` left out."""
+        with self._metrics.assemble_seconds.time():
+            documents = [list(found) for found in retrieved.documents]
+            [contexts] = self._assemble([query], [documents], [True])
+        return replace(retrieved, contexts=contexts)
 
     def _retrieved(
         self, scored: Scored, documents: list[list[Document | None]], contexts: Contexts | None
@@ -108,19 +126,22 @@ class Completer:
         return [scored[place] for place in range(len(batch))]
 
     def _assemble(
-        self, batch: Sequence[Searched], documents: Sequence[list[list[Document | None]]]
+        self,
+        queries: Sequence[Query],
+        documents: Sequence[list[list[Document | None]]],
+        wanted: Sequence[bool],
     ) -> list[Contexts | None]:
-        assembled: list[Contexts | None] = [None] * len(batch)
-        wanted = [place for place, one in enumerate(batch) if not one.query.skip_contexts]
+        assembled: list[Contexts | None] = [None] * len(queries)
+        chosen = [place for place, is_wanted in enumerate(wanted) if is_wanted]
         alike = _alike(
-            [batch[place] for place in wanted],
-            lambda one: (one.query.max_combined_length, one.query.truncation, one.query.prefix),
+            [queries[place] for place in chosen],
+            lambda query: (query.max_combined_length, query.truncation, query.prefix),
         )
         for group in alike:
-            places = [wanted[number] for number in group]
-            query = batch[places[0]].query
+            places = [chosen[number] for number in group]
+            query = queries[places[0]]
             contexts = self._assembler.assemble_batch(
-                [self._parts(batch[place].query, documents[place]) for place in places],
+                [self._parts(queries[place], documents[place]) for place in places],
                 max_combined_length=query.max_combined_length,
                 truncation=query.truncation,
                 prefix=query.prefix,
@@ -146,7 +167,11 @@ class Completer:
         raise ValueError("a query with contexts needs its questions")
 
 
-def _alike(batch: Sequence[Searched], key: Callable[[Searched], Hashable]) -> list[list[int]]:
+def _is_long(document: Document) -> bool:
+    return len(document.text) + len(document.title) > _LONG_CHARACTERS
+
+
+def _alike(batch: Sequence[_OneT], key: Callable[[_OneT], Hashable]) -> list[list[int]]:
     """Returns the places of those with the same key, together."""
     places: defaultdict[Hashable, list[int]] = defaultdict(list)
     for place, one in enumerate(batch):

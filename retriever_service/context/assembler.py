@@ -61,26 +61,26 @@ class ContextAssembler:
         if max_combined_length < self.min_combined_length:
             raise ValueError(f"max_combined_length must be at least {self.min_combined_length}")
         present = [part for parts in batch for part in parts if part is not None]
-        whole = self._encoder.encode(present, self.prefix if prefix is None else prefix)
         budget = max_combined_length - self.tokenizer.num_special_tokens
-        fitted = iter(self._fitted(whole, budget, truncation))
+        encoded = self._encoder.encode(present, self.prefix if prefix is None else prefix, budget)
+        fitted = iter(self._fitted(encoded, budget, truncation))
         return [self._padded([None if part is None else next(fitted) for part in parts]) for parts in batch]
 
     def _fitted(
-        self, whole: Sequence[EncodedContext], budget: int, truncation: Truncation
+        self, encoded: Sequence[EncodedContext], budget: int, truncation: Truncation
     ) -> list[tuple[Int64Array, bool]]:
         """Returns at most `budget` ids of each context, and whether part of the question had to go.
 
         KEEP_QUESTION takes the document's last tokens out; a token across the border counts to the question.
         Where doc_sep and the question alone are too long, they are what stays, cut on the right.
         """
-        fitted = [(context.ids[:budget], len(context.ids) > budget) for context in whole]
+        fitted = [(context.ids[:budget], len(context.ids) > budget) for context in encoded]
         if truncation is Truncation.QUESTION_LAST:
             return fitted
         too_long = [position for position, (_, is_cut) in enumerate(fitted) if is_cut]
-        starts = self._encoder.question_starts([whole[position] for position in too_long])
+        starts = self._encoder.question_starts([encoded[position] for position in too_long])
         for position, start in zip(too_long, starts, strict=True):
-            ids = whole[position].ids
+            ids = encoded[position].ids
             tail = ids[start:]
             if len(tail) > budget:
                 fitted[position] = tail[:budget], True

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from retriever_service.bounded_cache import BoundedCache
+from retriever_service.context.long_texts import LongTexts
 from retriever_service.context.splitting import Splitting, splits_before
 from retriever_service.context.tokenizer import ContextTokenizer
 from retriever_service.types import Int64Array
@@ -26,7 +27,7 @@ class ContextParts:
 
 @dataclass(slots=True)
 class _DocumentTokens:
-    """Ids int64 of prefix, title, text and what of doc_sep stands before the border.
+    """Ids int64 of prefix, title, text and what of doc_sep stands before the border, or of what is kept of them.
 
     `num_document` counts those that end before doc_sep begins; None until somebody asked.
     """
@@ -37,9 +38,12 @@ class _DocumentTokens:
     num_document: int | None = None
 
 
+_Key = tuple[str, str, str, int]
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedContext:
-    """A context's ids int64, whole, without the special tokens around them."""
+    """A context's ids int64, without the special tokens around them; of a long one those that can be kept."""
 
     ids: Int64Array
     joined: tuple[str, int] | None
@@ -51,7 +55,7 @@ class ContextEncoder:
 
     Where the tokenizer gives both sides of a space in doc_sep the tokens that it gives the whole, the side before
     it is kept by its own text, in up to `cache_bytes`, and only the question is encoded. Else, and for a question
-    for which that is not proven, the whole is.
+    for which that is not proven, the whole is. Of a long document only what a context can keep is encoded.
     """
 
     def __init__(self, tokenizer: ContextTokenizer, title_sep: str, doc_sep: str, cache_bytes: int) -> None:
@@ -62,8 +66,9 @@ class ContextEncoder:
         self._before, self._behind = doc_sep[:border], doc_sep[border:]
         self._splitting = Splitting.NEVER
         if border and cache_bytes:
-            self._splitting = tokenizer.splitting(doc_sep[border - 1])
-        self._cache: BoundedCache[tuple[str, str, str], _DocumentTokens] = BoundedCache(cache_bytes)
+            self._splitting = tokenizer.splittings[doc_sep[border - 1]]
+        self._long_texts = LongTexts(tokenizer)
+        self._cache: BoundedCache[_Key, _DocumentTokens] = BoundedCache(cache_bytes)
 
     def join(self, part: ContextParts, prefix: str) -> tuple[str, int]:
         """Returns the context as text, and the character at which doc_sep and the question begin."""
@@ -72,14 +77,22 @@ class ContextEncoder:
         # Pairs of spaces collapse from the left, so what stands before a place decides how far it moves.
         return joined, len(document.replace("  ", " "))
 
-    def encode(self, parts: Sequence[ContextParts], prefix: str) -> list[EncodedContext]:
-        """Returns the ids of each context."""
+    def encode(self, parts: Sequence[ContextParts], prefix: str, num_tokens: int) -> list[EncodedContext]:
+        """Returns the ids of each context.
+
+        Those of a context with more than `num_tokens` may be its first `num_tokens`, some that follow, and then all
+        that reach past the document.
+        """
         questions = self._questions(parts)
-        whole = [self.join(part, prefix) for part in parts if part.question not in questions]
+        whole = [
+            self._long_texts.shortened(*self.join(part, prefix), num_tokens)
+            for part in parts
+            if part.question not in questions
+        ]
         encoded = iter(self._encode([joined for joined, _ in whole]))
         joins = iter(whole)
         split = [part for part in parts if part.question in questions]
-        documents = iter(self._documents(split, prefix))
+        documents = iter(self._documents(split, prefix, num_tokens))
         contexts = []
         for part in parts:
             question = questions.get(part.question)
@@ -128,19 +141,32 @@ class ContextEncoder:
                 rights[question] = right
         return dict(zip(rights, self._encode(list(rights.values())), strict=True))
 
-    def _documents(self, parts: Sequence[ContextParts], prefix: str) -> list[_DocumentTokens]:
-        keys = [(prefix, part.title, part.text) for part in parts]
+    def _documents(
+        self, parts: Sequence[ContextParts], prefix: str, num_tokens: int
+    ) -> list[_DocumentTokens]:
+        # A long document is kept once for each number of tokens that it may have been shortened to.
+        longest = self._long_texts.longest(num_tokens) - len(prefix) - len(self._title_sep)
+        keys = [
+            (prefix, one.title, one.text, num_tokens if len(one.text) + len(one.title) > longest else 0)
+            for one in parts
+        ]
         known = self._cache.get_all(keys)
         absent = {key: part for key, part, found in zip(keys, parts, known, strict=True) if found is None}
         if not absent:
             return [found for found in known if found is not None]
         made = {}
-        texts = [self._document(part, prefix) for part in absent.values()]
-        lefts = [(text + self._before).replace("  ", " ") for text in texts]
-        for key, text, left, ids in zip(absent, texts, lefts, self._encode(lefts), strict=True):
-            made[key] = _DocumentTokens(left, len(text.replace("  ", " ")), ids)
+        lefts = [self._left(part, prefix, num_tokens) for part in absent.values()]
+        encoded = self._encode([left for left, _ in lefts])
+        for key, (left, separator_start), ids in zip(absent, lefts, encoded, strict=True):
+            made[key] = _DocumentTokens(left, separator_start, ids)
         self._cache.put_all([(key, document, _size(key, document)) for key, document in made.items()])
         return [found or made[key] for key, found in zip(keys, known, strict=True)]
+
+    def _left(self, part: ContextParts, prefix: str, num_tokens: int) -> tuple[str, int]:
+        """Returns what stands before the border, as far as it is needed, and where doc_sep begins in it."""
+        document = self._document(part, prefix)
+        left = (document + self._before).replace("  ", " ")
+        return self._long_texts.shortened(left, len(document.replace("  ", " ")), num_tokens)
 
     def _encode(self, texts: Sequence[str]) -> list[Int64Array]:
         ids = self._tokenizer.encode_ids(texts) if texts else []
@@ -160,5 +186,5 @@ def _first_past(offsets: Sequence[tuple[int, int]], character: int) -> int:
     return int(behind[0]) if len(behind) else len(ends)
 
 
-def _size(key: tuple[str, str, str], document: _DocumentTokens) -> int:
+def _size(key: _Key, document: _DocumentTokens) -> int:
     return _OBJECTS_BYTES + sum(map(sys.getsizeof, (*key, document.text))) + document.ids.nbytes

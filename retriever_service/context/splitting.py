@@ -37,7 +37,16 @@ class Splitting(enum.Enum):
 
 def splitting_of(backend: Tokenizer, end: str) -> Splitting:
     """Tells for texts whose first part ends in the character `end`."""
+    return _splitting_of(backend, json.loads(backend.to_str()), end)
+
+
+def splittings_of(backend: Tokenizer) -> dict[str, Splitting]:
+    """Tells for each printable ASCII character that a first part may end in."""
     parts: dict[str, Any] = json.loads(backend.to_str())
+    return {end: _splitting_of(backend, parts, end) for end in map(chr, range(ord("!"), ord("~") + 1))}
+
+
+def _splitting_of(backend: Tokenizer, parts: dict[str, Any], end: str) -> Splitting:
     pre_tokenizers = list(_members(parts["pre_tokenizer"], "pretokenizers"))
     normalizers = list(_members(parts["normalizer"], "normalizers"))
     proven = (

@@ -1,7 +1,8 @@
 """The tokenizers of context assembly, and what a checkpoint says about the way contexts are put together."""
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from rag_serving.tokenizer_digest import tokenizer_digest
-from retriever_service.context.splitting import Splitting, splitting_of
+from retriever_service.context.splitting import Splitting, splittings_of
 from retriever_service.errors import TokenizerError
+from retriever_service.work_limit import current_limit
 
 _PROBE = "a"
+_CHARACTERS_PER_CALL = 1 << 18
+"""About a quarter of a second in one thread; before each call it is asked whether the work is still wanted."""
 
 
 class ContextTokenizer:
@@ -52,17 +56,22 @@ class ContextTokenizer:
         return len(self.bos_ids) + len(self.eos_ids)
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
-        """Encodes texts without the special tokens around them, whole, offsets included."""
-        return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
+        """Encodes texts without the special tokens around them, whole, offsets included.
+
+        Raises DeadlineExceededError, or CancelledByCallerError, where nobody waits any more: between long texts too.
+        """
+        calls = (self._backend.encode_batch(call, add_special_tokens=False) for call in _calls(texts))
+        return [encoding for encodings in calls for encoding in encodings]
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes texts without the special tokens around them, whole; without offsets it takes less time."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """Encodes texts as `encode` does; without offsets it takes less time."""
+        calls = (self._backend.encode_batch_fast(call, add_special_tokens=False) for call in _calls(texts))
+        return [encoding.ids for encodings in calls for encoding in encodings]
 
-    def splitting(self, end: str) -> Splitting:
-        """Tells where a text may be encoded in two parts, the first of which ends in the character `end`."""
-        return splitting_of(self._backend, end)
+    @functools.cached_property
+    def splittings(self) -> dict[str, Splitting]:
+        """Where a text may be encoded in two parts, by the printable ASCII character that the first ends in."""
+        return splittings_of(self._backend)
 
     def _frame(self) -> tuple[list[int], list[int]]:
         """Returns the special tokens put before and after a single text."""
@@ -72,6 +81,21 @@ class ContextTokenizer:
             if framed[start : start + len(bare)] == bare:
                 return framed[:start], framed[start + len(bare) :]
         raise TokenizerError("the tokenizer's special tokens do not stand around the text")
+
+
+def _calls(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yields the texts in lists that take no long time each, unless a text alone does."""
+    call: list[str] = []
+    num_characters = 0
+    for text in texts:
+        if call and num_characters + len(text) > _CHARACTERS_PER_CALL:
+            current_limit().left_s()
+            yield call
+            call, num_characters = [], 0
+        call.append(text)
+        num_characters += len(text)
+    current_limit().left_s()
+    yield call
 
 
 class QuestionTokenizer:

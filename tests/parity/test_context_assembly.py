@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import RagRetriever
 
+from retriever_service.context import long_texts
 from retriever_service.context.assembler import ContextAssembler
 from retriever_service.context.encoder import ContextParts
 from retriever_service.context.tokenizer import ContextTokenizer, QuestionTokenizer
@@ -151,6 +152,30 @@ def test_keep_question_is_postprocess_docs_where_all_fits_and_keeps_the_question
         head = next(at for at in range(length + 1) if at == length or kept[at] != whole[at])
         tail = length - head
         assert kept[length - tail :] == whole[len(whole) - tail :]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    title=TITLE,
+    text=st.lists(PIECES, min_size=20, max_size=80).map(" ".join),
+    question=TEXT,
+    separators=st.sampled_from(SEPARATORS),
+    length=st.integers(4, 20),
+)
+def test_a_document_without_its_middle_is_postprocess_docs(
+    tokenizer: Any, title: str, text: str, question: str, separators: Any, length: int
+) -> None:
+    """Of a document longer than a context the middle is not tokenized; here, wherever that can be proven."""
+    config = {"title_sep": separators[0], "doc_sep": separators[1], "max_combined_length": length}
+    arguments = (tokenizer, [[(title, text)]], [question], None)
+    whole = ours(*arguments, **config, truncation=Truncation.KEEP_QUESTION)
+    with pytest.MonkeyPatch.context() as eager:
+        eager.setattr(long_texts, "_CHARACTERS_A_TOKEN", 0)
+        kept = ours(*arguments, **config, truncation=Truncation.KEEP_QUESTION)
+        contexts = ours(*arguments, **config)
+    np.testing.assert_array_equal(kept.input_ids, whole.input_ids)
+    np.testing.assert_array_equal(kept.question_cut, whole.question_cut)
+    assert_equal_up_to_padding(contexts, hugging_face(*arguments, **config), tokenizer.pad_token_id)
 
 
 @pytest.mark.parametrize("separators", SEPARATORS)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rag_serving.errors import CancelledByCallerError, DeadlineExceededError
 from rag_serving.tokenizer_digest import tokenizer_digest
 from retriever_service.context.assembler import ContextAssembler
 from retriever_service.context.encoder import ContextParts
@@ -19,6 +20,7 @@ from retriever_service.context.tokenizer import (
     load_question_tokenizer,
 )
 from retriever_service.errors import TokenizerError
+from retriever_service.work_limit import WorkLimit
 from tests.retriever_service.tiny_models import WORDS, bpe_tokenizer, save_checkpoint, wordpiece_tokenizer
 
 SPECIAL = {"pad": 0, "bos": 1, "eos": None}
@@ -146,3 +148,25 @@ def test_threads_assemble_at_once_and_get_the_same() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_long_texts_are_encoded_no_longer_than_somebody_waits() -> None:
+    """One call of the backend took all texts, and as long as it took."""
+    tokenizer = ContextTokenizer(bpe_tokenizer())
+    texts = ["river " * 30_000] * 3
+    gone = WorkLimit(num_waiting=1)
+    encoded = []
+
+    class Counting:
+        def encode_batch_fast(self, texts: list[str], **_: Any) -> list[Any]:
+            encoded.append(len(texts))
+            gone.leave()
+            return []
+
+    tokenizer._backend = Counting()  # type: ignore[assignment]
+    with pytest.raises(CancelledByCallerError):
+        gone.run(tokenizer.encode_ids, texts)
+    assert encoded == [1]
+    with pytest.raises(DeadlineExceededError):
+        WorkLimit(deadline_s=0.0).run(tokenizer.encode_ids, ["short"])
+    assert encoded == [1]
