@@ -1,5 +1,6 @@
 """Errors on the wire: a RagError as google.rpc.Status with its details, and the way back for a client."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import grpc
@@ -15,6 +16,7 @@ DETAILS_KEY = "grpc-status-details-bin"
 # one) and inside the details, which travel as base64 (4 bytes for 3): 3 * 700 + 4/3 * (700 + 3000) < 8192.
 _MAX_MESSAGE_BYTES = 700
 _MAX_DESCRIPTION_BYTES = 300
+_MAX_METADATA_BYTES = 1500
 _MAX_DETAILS_BYTES = 3000
 
 _BY_STATUS: dict[str, type[errors.RagError]] = {
@@ -36,9 +38,9 @@ MessageT = TypeVar("MessageT", bound=Message)
 def to_status(error: errors.RagError) -> status_pb2.Status:
     """Returns the status with ErrorInfo, and BadRequest or RetryInfo where the error has them.
 
-    Long texts are cut, and violations beyond the first few left out, so that a client can receive it.
+    Long texts are cut, and violations and facts beyond the first few left out, so that a client can receive it.
     """
-    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=_facts(error.metadata))
     details: list[Message] = [info]
     if isinstance(error, errors.InvalidArgumentError):
         bad_request = error_details_pb2.BadRequest()
@@ -93,6 +95,18 @@ def _invalid_argument(
     if reason is not None:
         back.reason = reason
     return back
+
+
+def _facts(metadata: Mapping[str, str]) -> dict[str, str]:
+    facts: dict[str, str] = {}
+    size_bytes = 0
+    for name, value in metadata.items():
+        fact = _cut(value, _MAX_DESCRIPTION_BYTES)
+        size_bytes += len(name.encode()) + len(fact.encode())
+        if size_bytes > _MAX_METADATA_BYTES:
+            break
+        facts[name] = fact
+    return facts
 
 
 def _details(error: grpc.aio.AioRpcError) -> list[any_pb2.Any]:

@@ -99,6 +99,19 @@ async def test_a_huge_error_still_reaches_the_client_with_its_status() -> None:
     assert detail(seen, error_details_pb2.BadRequest).field_violations[0].field == "inputs[0]"
 
 
+async def test_huge_facts_about_an_error_still_reach_the_client_with_its_status() -> None:
+    """Only the message and the violations were cut: a long expectation came back as RESOURCE_EXHAUSTED."""
+    facts = {"field": "embedding_model"} | {f"fact_{number}": "é" * 8000 for number in range(50)}
+    error = errors.FailedPreconditionError("é" * 8000, reason="MISMATCH", metadata=facts)
+    async with serving({"Fail": raising(error)}) as pair:
+        seen = await failure(pair.call("Fail"))
+    assert seen.code() is grpc.StatusCode.FAILED_PRECONDITION
+    info = detail(seen, error_details_pb2.ErrorInfo)
+    assert (info.reason, info.metadata["field"]) == ("MISMATCH", "embedding_model")
+    assert info.metadata["fact_0"].startswith("ééé")
+    assert info.metadata["fact_0"].endswith("…")
+
+
 async def test_an_unknown_fault_is_internal_with_an_id_and_shows_no_secret(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
