@@ -12,6 +12,7 @@ from retriever_service.errors import BuildError, CompactionError
 from retriever_service.index import snapshot
 from retriever_service.index.faiss_index import FaissBuilder
 from retriever_service.index.manifest import Manifest
+from retriever_service.index.recipe import RECIPE_FILE, knobs_text
 from retriever_service.store.live import LiveStore
 from retriever_service.types import Float32Array, Int64Array
 
@@ -45,6 +46,7 @@ def write_snapshot(
             _write_index(store, rows, serving, index_file, knobs, progress, cancelled)
             progress("publish", 0, 1)
             np.save(work / snapshot.ROWS_FILE, rows, allow_pickle=False)
+            (work / RECIPE_FILE).write_text(knobs_text(**knobs), encoding="utf-8")
             manifest = Manifest(
                 generation=snapshot.next_generation(root),
                 created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
@@ -76,7 +78,7 @@ def _write_index(
     builder = FaissBuilder(serving.kind, serving.dimension, serving.metric)
     if builder.needs_training:
         progress("train", 0, 1)
-        builder.train(_sample(store, rows, builder.num_training_vectors))
+        builder.train(_sample(store, rows, builder.num_training_vectors, builder.dimension))
     done = 0
     progress("index", done, len(rows))
     for vectors in store.embeddings_in_chunks(rows, _VECTORS_PER_CHUNK):
@@ -88,10 +90,15 @@ def _write_index(
     builder.save(file, **knobs)
 
 
-def _sample(store: LiveStore, rows: Int64Array, size: int) -> Float32Array:
+def _sample(store: LiveStore, rows: Int64Array, size: int, dimension: int) -> Float32Array:
     if len(rows) > size:
         rows = np.sort(np.random.default_rng(_TRAINING_SEED).choice(rows, size=size, replace=False))
-    return store.embeddings_of(rows.tolist())
+    sample = np.empty((len(rows), dimension), dtype=np.float32)
+    done = 0
+    for vectors in store.embeddings_in_chunks(rows, _VECTORS_PER_CHUNK):
+        sample[done : done + len(vectors)] = vectors
+        done += len(vectors)
+    return sample
 
 
 def _check(cancelled: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from retriever_service.index.faiss_parts import (
     find_part,
     has_exact_scores,
     is_exhaustive,
+    names_rows,
     reason_of,
     search_parameters,
+    set_knobs,
     takes_selector,
 )
 from retriever_service.index.fallback import IndexFallback
@@ -34,6 +37,7 @@ _DIVIDES_WELL_FROM_THREADS = 4
 _FAISS_MULTIPLIES_FROM = 128_000
 _MULTIPLY_FROM = 3072
 """Questions times dimension, for each thread: from there on faiss finds more a second by multiplying matrices."""
+_LEAST_HNSW_M = 2  # with fewer neighbours faiss ends the process
 _FAISS_METRICS = {Metric.INNER_PRODUCT: faiss.METRIC_INNER_PRODUCT, Metric.L2: faiss.METRIC_L2}
 
 
@@ -126,6 +130,18 @@ class FaissIndex(VectorIndex):
             "ef_search": 1 if self._hnsw is None else int(self._hnsw.hnsw.efSearch),
         }
 
+    def names_rows(self) -> bool:
+        """Whether its vectors have the ids 0 … ntotal - 1, as a store's rows: another's may have others."""
+        return names_rows(self._index)
+
+    def save(self, file: Path, *, nprobe: int | None, ef_search: int | None) -> None:
+        """Writes the index, which nobody searches yet, with these as its own settings of the knobs it has.
+
+        None leaves a knob as it is. Raises OSError.
+        """
+        set_knobs(self._index, nprobe, ef_search)
+        _write(self._index, file)
+
     def check_parameters(self, parameters: SearchParameters) -> None:
         """Raises InvalidSearchParametersError: see VectorIndex."""
         for knob, owner in (("nprobe", self._ivf), ("ef_search", self._hnsw)):
@@ -179,13 +195,18 @@ class FaissBuilder:
     """Builds a faiss index: train once on a sample, then add every vector in row order."""
 
     def __init__(self, kind: str, dimension: int, metric: Metric) -> None:
-        """Takes a factory string such as "IVF256,PQ16". Raises BuildError where faiss refuses it."""
+        """Takes a factory string such as "IVF256,PQ16". Raises BuildError where faiss refuses it, or should."""
+        if any(int(given) < _LEAST_HNSW_M for given in re.findall(r"HNSW(\d+)", kind)):
+            raise BuildError(f"kind {kind!r}: HNSW needs an M of at least {_LEAST_HNSW_M}")
         try:
             self._index = faiss.index_factory(dimension, kind, _FAISS_METRICS[metric])
         except RuntimeError as error:
             raise BuildError(
                 f"faiss refuses kind {kind!r} at dimension {dimension}: {reason_of(error)}"
             ) from error
+        ivf = find_part(self._index, faiss.IndexIVF)
+        if ivf is not None and ivf.nlist < 1:
+            raise BuildError(f"kind {kind!r}: IVF needs at least one cell")
         self._kind = kind
         self._index.verbose = False
 
@@ -193,7 +214,7 @@ class FaissBuilder:
         """Goes on from what `checkpoint` wrote, as if there had been no break. Raises DamagedIndexError."""
         try:
             self._index = faiss.read_index(str(file))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise DamagedIndexError(file, f"faiss cannot read it: {reason_of(error)}") from error
         graph = find_part(self._index, faiss.IndexHNSW)
         if graph is not None and graph.ntotal == self.ntotal:
@@ -204,6 +225,11 @@ class FaissBuilder:
     def checkpoint(self, file: Path) -> None:
         """Writes what there is so far: training, and the vectors added. Making it durable is the caller's part."""
         _write(self._index, file)
+
+    @property
+    def dimension(self) -> int:
+        """Numbers in a vector."""
+        return int(self._index.d)
 
     @property
     def ntotal(self) -> int:
@@ -231,16 +257,17 @@ class FaissBuilder:
             ) from error
 
     def add(self, vectors: Float32Array) -> None:
-        """Appends float32 [n, dimension] at the next rows."""
-        self._index.add(vectors)
+        """Appends float32 [n, dimension] at the next rows. Raises BuildError where the kind cannot."""
+        try:
+            self._index.add(vectors)
+        except RuntimeError as error:
+            raise BuildError(
+                f"kind {self._kind!r} takes no vectors after the first {self.ntotal}: {reason_of(error)}"
+            ) from error
 
     def save(self, file: Path, *, nprobe: int, ef_search: int) -> None:
         """Writes the index file with these as its own settings of the knobs it has."""
-        ivf, hnsw = find_part(self._index, faiss.IndexIVF), find_part(self._index, faiss.IndexHNSW)
-        if ivf is not None:
-            ivf.nprobe = min(nprobe, ivf.nlist)
-        if hnsw is not None:
-            hnsw.hnsw.efSearch = ef_search
+        set_knobs(self._index, nprobe, ef_search)
         _write(self._index, file)
 
 

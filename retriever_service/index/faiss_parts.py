@@ -26,6 +26,35 @@ def find_part(index: Any, kind: type) -> Any:
     return None
 
 
+def set_knobs(index: Any, nprobe: int | None, ef_search: int | None) -> None:
+    """Makes these the index's own settings of the knobs it has; None leaves one as it is."""
+    ivf, hnsw = find_part(index, faiss.IndexIVF), find_part(index, faiss.IndexHNSW)
+    if ivf is not None and nprobe is not None:
+        ivf.nprobe = min(nprobe, ivf.nlist)
+    if hnsw is not None and ef_search is not None:
+        hnsw.hnsw.efSearch = ef_search
+
+
+def names_rows(index: Any) -> bool:
+    """Whether the ids that a search finds are 0 … ntotal - 1, each once: an IDMap or an IVF may hold others."""
+    mapped, ivf = find_part(index, faiss.IndexIDMap), find_part(index, faiss.IndexIVF)
+    if mapped is not None:
+        ids = faiss.vector_to_array(mapped.id_map)
+    elif ivf is not None:
+        lists = ivf.invlists
+        ids = np.concatenate(
+            [
+                faiss.rev_swig_ptr(lists.get_ids(cell), lists.list_size(cell))
+                for cell in range(ivf.nlist)
+                if lists.list_size(cell)
+            ]
+            or [np.empty(0, np.int64)]
+        )
+    else:
+        return True
+    return bool(np.array_equal(np.sort(ids), np.arange(index.ntotal)))
+
+
 def has_exact_scores(index: Any) -> bool:
     """Whether the scores of a search are those of the vectors as they were added, not of shorter codes."""
     index = faiss.downcast_index(index)

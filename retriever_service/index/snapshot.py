@@ -24,6 +24,7 @@ lock on the generations it has open, and nobody removes a generation that is loc
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -32,6 +33,8 @@ from pathlib import Path
 
 from retriever_service.errors import BuildError, DamagedIndexError, MissingIndexError
 from retriever_service.index.manifest import MANIFEST_FILE, FileEntry, Manifest, sha256_of_file
+
+logger = logging.getLogger(__name__)
 
 INDEX_FILE = "index.faiss"
 DOCUMENTS_FILE = "documents.sqlite"
@@ -61,9 +64,14 @@ class Snapshot:
         `verify`.
         Raises MissingIndexError where there is no index and DamagedIndexError naming a bad file.
         """
-        if (folder / CURRENT_FILE).is_file():
+        try:
+            is_root = (folder / CURRENT_FILE).is_file()
+            stands_alone = not is_root and (folder / MANIFEST_FILE).is_file()
+        except OSError as error:
+            raise MissingIndexError(f"no index in {folder}: {error.strerror}") from error
+        if is_root:
             generation, digest = _read_current(folder)
-        elif (folder / MANIFEST_FILE).is_file():
+        elif stands_alone:
             generation, digest = folder, None
         else:
             raise MissingIndexError(
@@ -157,7 +165,7 @@ def building(folder: Path, recipe: str) -> Iterator[Path]:
     It stays where the build is killed, interrupted or out of disk, so that the same build can go on; a build of
     another recipe clears it. Holds the index folder's lock. Raises BuildError while another build runs.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder)
     with _publishing(folder):
         work = folder / _BUILDING_FOLDER
         if not _made_by(work, recipe):
@@ -240,7 +248,11 @@ def publish(work: Path, folder: Path, manifest: Manifest, *, keep: int) -> Snaps
 def make_current(snapshot: Snapshot, folder: Path, *, keep: int) -> Snapshot:
     """Points CURRENT at a generation of the folder, durably, then drops old ones: see `prune`."""
     write_durably(folder / CURRENT_FILE, f"{snapshot.folder.name} {snapshot.manifest.digest()}\n")
-    prune(folder, keep=keep)
+    try:
+        prune(folder, keep=keep)
+    except OSError as error:
+        # What is current is so already; the next one removes what this one could not.
+        logger.warning("old generations stay: %s", error)
     return snapshot
 
 
@@ -248,7 +260,8 @@ def prune(folder: Path, *, keep: int) -> None:
     """Removes all but the `keep` newest generations, CURRENT's, those that a server holds, and the builds they
     go back to.
 
-    The changes of a build go with it. Where CURRENT cannot be read, nothing is removed.
+    The changes of a build go with it. Where CURRENT cannot be read, nothing is removed. Others may publish, or
+    prune, at the same time. Raises OSError where something cannot be removed.
     """
     try:
         current, _ = _read_current(folder)
@@ -260,11 +273,13 @@ def prune(folder: Path, *, keep: int) -> None:
     for number, path in generations[keep:]:
         if path != current and number not in needed and not _remove_unless_held(path):
             needed.add(_base_number(number, path))
+    files = list(folder.iterdir())
+    # Looked up behind them: a build is there before its changes are.
     left = {number for number, _ in _generations(folder)}
-    for file in folder.iterdir():
+    for file in files:
         live = _LIVE.fullmatch(file.name)
         if live is not None and int(live[1]) not in left:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 def live_file(root: Path, base_generation: int) -> Path:
@@ -289,6 +304,14 @@ def write_durably(file: Path, content: str) -> None:
     _fsync(file.parent)
 
 
+def _make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing; each has its name on the disk, not in memory alone."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in reversed(missing):
+        _fsync(one.parent)
+
+
 def _generation_name(number: int) -> str:
     return f"generation-{number:06d}"
 
@@ -302,12 +325,18 @@ def _base_number(number: int, path: Path) -> int:
 
 
 def _remove_unless_held(path: Path) -> bool:
-    descriptor = _open_folder(path)
+    """Returns whether it is gone, which another may have seen to."""
+    try:
+        descriptor = _open_folder(path)
+    except MissingIndexError:
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(path)
     except BlockingIOError:
         return False
+    except FileNotFoundError:
+        return True
     finally:
         os.close(descriptor)
     return True

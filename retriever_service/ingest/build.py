@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 import shutil
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,13 +17,15 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from retriever_service.embedding_rule import first_refused
-from retriever_service.errors import BuildError
+from retriever_service.errors import BuildError, DamagedIndexError
 from retriever_service.index import snapshot
 from retriever_service.index.manifest import Embedding, Manifest
+from retriever_service.index.recipe import RECIPE_FILE
 from retriever_service.ingest.reader import CorpusReader
 from retriever_service.ingest.records import Record
 from retriever_service.ingest.vectors import (
-    RECIPE_FILE,
+    DEFAULT_EF_SEARCH,
+    DEFAULT_NPROBE,
     Progress,
     VectorOptions,
     adopt_vectors,
@@ -37,6 +40,8 @@ from retriever_service.store.sqlite import (
     stored_dimension,
 )
 from retriever_service.types import Float32Array, Metric
+
+logger = logging.getLogger(__name__)
 
 RECORDS_PER_CHUNK = 512
 """Documents that are embedded and committed together. A killed build goes on at a chunk's border, so that it
@@ -70,14 +75,15 @@ class CorpusEncoder(Protocol):
 class BuildOptions:
     """What to build. `nprobe` and `ef_search` become the index's own settings, where its kind has them.
 
+    None is 16 and 64, or what `faiss_file` has.
     `embeddings_dtype` is what SQLite stores, float32 or float16; the index is built from what is stored. Filters
     on the fields of `filter_indexes` are answered from an index of their own.
     """
 
     kind: str = "Flat"
     metric: Metric = Metric.INNER_PRODUCT
-    nprobe: int = 16
-    ef_search: int = 64
+    nprobe: int | None = None
+    ef_search: int | None = None
     keep_generations: int = 2
     faiss_file: Path | None = None
     embeddings_dtype: str = "float32"
@@ -86,7 +92,8 @@ class BuildOptions:
 
     def vectors(self) -> VectorOptions:
         """The part that the faiss index is built by."""
-        return VectorOptions(self.kind, self.metric, self.nprobe, self.ef_search, self.checkpoint_s)
+        nprobe, ef_search = self.nprobe or DEFAULT_NPROBE, self.ef_search or DEFAULT_EF_SEARCH
+        return VectorOptions(self.kind, self.metric, nprobe, ef_search, self.checkpoint_s)
 
 
 def build_index(
@@ -101,8 +108,8 @@ def build_index(
     """Builds the next generation in `folder` and makes it current; killed at any moment, the old one stays.
 
     The corpus brings its embeddings along, whose model is then `embedding_name`, or `encoder` makes them.
-    A build of the same corpus with the same encoder goes on where one was killed. Memory holds a chunk of
-    documents and the faiss index, whatever the size of the corpus. Raises BuildError.
+    A build of the same corpus with the same encoder goes on where one was killed, or failed. Memory holds a chunk
+    of documents and the faiss index, whatever the size of the corpus. Raises BuildError.
     """
     embedding = _embedding(encoder, embedding_name)
     recipe = _recipe(reader, embedding, options)
@@ -141,12 +148,15 @@ def _write_documents(
     options: BuildOptions,
     progress: Progress,
 ) -> None:
-    """Writes documents and embeddings, chunk by chunk, those that a killed build has not; then names the file."""
+    """Writes documents and embeddings, chunk by chunk, those that a killed build has not; then names the file.
+
+    Whatever fails, what is written stays: the machine may do better next time, and a corrected corpus begins anew.
+    """
     unfinished = file.with_name(file.name + ".unfinished")
     total = reader.count()
     writer: SqliteWriter | None = None
     try:
-        writer = SqliteWriter(unfinished, options.embeddings_dtype)
+        writer = _writer(unfinished, options.embeddings_dtype)
         progress("documents", len(writer), total)
         for chunk, embeddings in _embedded(reader, len(writer), encoder, writer.dimension):
             _check_stored(chunk, embeddings, options.embeddings_dtype)
@@ -160,19 +170,30 @@ def _write_documents(
         writer.finish(options.filter_indexes)
         unfinished.rename(file)
     except sqlite3.OperationalError as error:
-        # What is written stays: the build goes on once there is room.
         raise meaning(error, unfinished, "write") from error
+    except sqlite3.DatabaseError as error:
+        raise DamagedIndexError(
+            unfinished, f"SQLite cannot write it: {error}: remove {file.parent} to build anew"
+        ) from error
     except DuplicateKeyError as error:
-        shutil.rmtree(file.parent)
         first, second = reader.nth(error.first_row).where, reader.nth(error.second_row).where
         raise BuildError(f"{second}: key {error.key!r} is already taken by {first}") from error
-    except BuildError:
-        # What is wrong stands in the corpus or the command: neither will be the same next time.
-        shutil.rmtree(file.parent)
-        raise
     finally:
         if writer is not None:
             writer.close()
+
+
+def _writer(unfinished: Path, dtype: str) -> SqliteWriter:
+    """Opens what a killed build has written, or begins anew where SQLite cannot read it."""
+    try:
+        return SqliteWriter(unfinished, dtype)
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        logger.warning("%s: SQLite cannot read it: %s: the documents are written anew", unfinished, error)
+    for file in unfinished.parent.glob(f"{unfinished.name}*"):
+        file.unlink()
+    return SqliteWriter(unfinished, dtype)
 
 
 def _check_not_empty(writer: SqliteWriter, reader: CorpusReader) -> None:
@@ -227,7 +248,14 @@ def _index_vectors(
     store: SqliteStore, file: Path, dimension: int, options: BuildOptions, progress: Progress
 ) -> tuple[str, Metric]:
     if options.faiss_file is not None:
-        return adopt_vectors(options.faiss_file, file, dimension, len(store))
+        return adopt_vectors(
+            options.faiss_file,
+            file,
+            dimension,
+            len(store),
+            nprobe=options.nprobe,
+            ef_search=options.ef_search,
+        )
     return build_vectors(store, file, dimension, options.vectors(), progress), options.metric
 
 

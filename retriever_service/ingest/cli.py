@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rag_serving.errors import RagError
 from retriever_service.corpus.local import LocalCorpus
@@ -83,8 +84,13 @@ def build(
         str, typer.Option(help='faiss factory string: "Flat", "HNSW32", "IVF256,Flat", "IVF256,PQ16" …')
     ] = "Flat",
     metric: Annotated[Metric, typer.Option(help="similarity of the search")] = Metric.INNER_PRODUCT,
-    nprobe: Annotated[int, typer.Option(min=1, help="cells that an IVF index visits by default")] = 16,
-    ef_search: Annotated[int, typer.Option(min=1, help="candidates of an HNSW index by default")] = 64,
+    nprobe: Annotated[
+        int | None,
+        typer.Option(min=1, help="cells that an IVF index visits by default: 16, or --faiss-file's"),
+    ] = None,
+    ef_search: Annotated[
+        int | None, typer.Option(min=1, help="candidates of an HNSW index by default: 64, or --faiss-file's")
+    ] = None,
     faiss_file: Annotated[
         Path | None, typer.Option(help="take this faiss file over (--kind and --metric come from it)")
     ] = None,
@@ -174,7 +180,7 @@ def build(
         checkpoint_s,
         _fields(filter_indexes),
     )
-    with shown_progress(_console) as progress:
+    with shown_progress(_console, reader.estimated_count) as progress:
         snapshot = build_index(
             reader,
             output,
@@ -183,21 +189,25 @@ def build(
             options=options,
             progress=progress,
         )
-    _console.print(_table(snapshot.folder, snapshot.manifest))
+    _console.print(_table(snapshot.folder, snapshot.manifest), soft_wrap=True)
 
 
 @app.command()
 def verify(folder: Folder) -> None:
     """Reads every file of an index, checks it, and names the first one that is damaged."""
-    snapshot = verify_index(folder, lambda what: _console.print(f"checking {what}", style="dim"))
-    _console.print(f"{snapshot.folder}: whole, {snapshot.manifest.ntotal} documents")
+    snapshot = verify_index(folder, lambda what: _say(f"checking {what}", style="dim"))
+    _say(f"{snapshot.folder}: whole, {snapshot.manifest.ntotal} documents")
 
 
 @app.command()
 def repair(
     folder: Folder,
-    nprobe: Annotated[int, typer.Option(min=1, help="cells that an IVF index visits by default")] = 16,
-    ef_search: Annotated[int, typer.Option(min=1, help="candidates of an HNSW index by default")] = 64,
+    nprobe: Annotated[
+        int | None, typer.Option(min=1, help="cells that an IVF index visits by default: as it was built")
+    ] = None,
+    ef_search: Annotated[
+        int | None, typer.Option(min=1, help="candidates of an HNSW index by default: as it was built")
+    ] = None,
 ) -> None:
     """Builds a damaged snapshot anew from the documents and embeddings in SQLite, changes included."""
     with shown_progress(_console) as progress:
@@ -205,11 +215,11 @@ def repair(
             folder,
             nprobe=nprobe,
             ef_search=ef_search,
-            step=lambda what: _console.print(f"checking {what}", style="dim"),
+            step=lambda what: _say(f"checking {what}", style="dim"),
             progress=progress,
         )
     done = "built anew" if is_new else "was whole: nothing to repair"
-    _console.print(f"{snapshot.folder}: {done}, {snapshot.manifest.ntotal} documents")
+    _say(f"{snapshot.folder}: {done}, {snapshot.manifest.ntotal} documents")
 
 
 @app.command()
@@ -240,9 +250,7 @@ def milvus_import(
         corpus, generation = library.open(folder, library.next_number(), [], progress, threading.Event())
         with contextlib.closing(corpus):
             library.remember(corpus, generation)
-    _console.print(
-        f"{milvus_collection}: generation {generation.number}, {generation.index.ntotal} documents"
-    )
+    _say(f"{milvus_collection}: generation {generation.number}, {generation.index.ntotal} documents")
 
 
 @app.command()
@@ -255,7 +263,7 @@ def info(
     if as_json:
         sys.stdout.write(json.dumps(snapshot.manifest.model_dump(mode="json"), indent=2) + "\n")
     else:
-        Console().print(_table(snapshot.folder, snapshot.manifest))
+        Console().print(_table(snapshot.folder, snapshot.manifest), soft_wrap=True)
 
 
 @app.command()
@@ -275,11 +283,7 @@ def tune(
     if threads:
         set_num_threads(threads)
     with contextlib.closing(LocalCorpus(folder, verify=False, take_changes=False)) as corpus:
-        index, store, manifest = (
-            corpus.generation.index,
-            corpus.generation.store,
-            corpus.generation.manifest,
-        )
+        index, store = corpus.generation.index, corpus.generation.store
         asked = (
             tuning.sampled_questions(store, num_questions)
             if questions is None
@@ -290,21 +294,23 @@ def tune(
             store,
             asked,
             n_docs,
-            lossy=any(code in manifest.kind for code in ("PQ", "SQ")),
-            progress=lambda setting: _console.print(f"trying {tune_report.flags(setting)}", style="dim"),
+            lossy=not index.has_exact_scores,
+            progress=lambda setting: _say(f"trying {tune_report.flags(setting)}", style="dim"),
         )
     best = tuning.recommended(trials, target_recall)
     if plot is not None:
         tune_report.plot(trials, best, n_docs, plot)
     if as_json:
-        sys.stdout.write(json.dumps(tune_report.as_json(trials, best, n_docs), indent=2) + "\n")
+        sys.stdout.write(
+            json.dumps(tune_report.as_json(trials, best, n_docs, target_recall), indent=2) + "\n"
+        )
     else:
-        Console().print(tune_report.as_table(trials, best, n_docs))
+        Console().print(tune_report.as_table(trials, best, n_docs, target_recall))
 
 
 def _fields(given: str) -> tuple[str, ...]:
     """Reads metadata fields joined by commas, each as a filter names it. Raises BuildError."""
-    fields = tuple(dict.fromkeys(given.split(","))) if given else ()
+    fields = tuple(dict.fromkeys(field.strip() for field in given.split(","))) if given.strip() else ()
     for field in fields:
         if not is_field(field):
             raise BuildError(
@@ -314,8 +320,15 @@ def _fields(given: str) -> tuple[str, ...]:
     return fields
 
 
+def _say(what: str, style: str | None = None) -> None:
+    """Prints a line as it is: a path may hold brackets, and is of use as a whole."""
+    _console.print(what, style=style, markup=False, soft_wrap=True)
+
+
 def _table(folder: Path, manifest: Manifest) -> Table:
-    table = Table(title=str(folder), show_header=False, title_justify="left")
+    table = Table(title=Text(str(folder)), show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in (
         ("documents", f"{manifest.ntotal:,}"),
         ("dimension", str(manifest.dimension)),
@@ -327,7 +340,7 @@ def _table(folder: Path, manifest: Manifest) -> Table:
         ("created", f"{manifest.created_at} by {manifest.created_by}"),
         *((name, f"{entry.size_bytes:,} bytes") for name, entry in manifest.files.items()),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     return table
 
 

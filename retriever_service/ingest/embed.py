@@ -19,6 +19,8 @@ _disable_progress_bar: Any = disable_progress_bar  # untyped
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _SHORT_DIGEST_CHARS = 12
 _FALLBACK_MAX_LENGTH = 512
+# The models whose positions begin behind the one of the padding token.
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet"}
 
 
 class Pooling(enum.StrEnum):
@@ -49,10 +51,13 @@ class PassageEncoder:
         device: str = "cpu",
         num_threads: int | None = None,
     ) -> None:
-        """Loads a local folder or hub name. Raises BuildError where there is no such model."""
+        """Loads a local folder or hub name. Raises BuildError where there is no such model, device or length."""
+        if not any(field in template for field in ("{title}", "{text}")):
+            raise BuildError(f"a passage template must hold {{title}} or {{text}}, got {template!r}")
         _disable_progress_bar()  # the build shows its own
         if num_threads:
             torch.set_num_threads(num_threads)
+        _check_device(device)
         try:
             config = AutoConfig.from_pretrained(source)
             self._is_dpr = config.model_type == "dpr"
@@ -67,8 +72,11 @@ class PassageEncoder:
         self._template = template
         self._batch_size = batch_size
         self._device = device
+        positions = _num_positions(config)
+        if max_length is not None and positions is not None and max_length > positions:
+            raise BuildError(f"{source} has positions for {positions} tokens, max_length is {max_length}")
         self._max_length = max_length or min(
-            _FALLBACK_MAX_LENGTH, int(self._tokenizer.model_max_length), _num_positions(config)
+            _FALLBACK_MAX_LENGTH, int(self._tokenizer.model_max_length), positions or _FALLBACK_MAX_LENGTH
         )
         self._name, self._digest = _identity(source, name, getattr(config, "_commit_hash", None))
 
@@ -129,7 +137,7 @@ class PassageEncoder:
 
     def _pooled(self, output: Any, attention_mask: torch.Tensor) -> torch.Tensor:
         if self._pooling is Pooling.POOLER:
-            pooled: torch.Tensor | None = output.pooler_output
+            pooled: torch.Tensor | None = getattr(output, "pooler_output", None)
             if pooled is None:
                 raise BuildError("this passage encoder has no pooler: choose --pooling mean or cls")
             return pooled
@@ -140,12 +148,20 @@ class PassageEncoder:
         return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
 
 
-def _num_positions(config: Any) -> int:
-    """Returns how many tokens the model has positions for; RoBERTa's first two hold none."""
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise BuildError(f"device {device!r} cannot be used: {said}") from error
+
+
+def _num_positions(config: Any) -> int | None:
+    """Returns how many tokens the model has positions for, None where any number; RoBERTa's first two hold none."""
     positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int):
-        return _FALLBACK_MAX_LENGTH
-    offset = config.pad_token_id + 1 if config.model_type in {"roberta", "xlm-roberta", "camembert"} else 0
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    offset = config.pad_token_id + 1 if config.model_type in _OFFSET_POSITIONS else 0
     return positions - offset
 
 

@@ -1,9 +1,11 @@
 """`--engine ray`: embeds a corpus with a pool of Ray Data actors, on this machine or a cluster of many."""
 
 import contextlib
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,9 +42,10 @@ class RayEncoder:
 
     def __init__(self, encoder: Mapping[str, Any], options: RayOptions) -> None:
         """Takes PassageEncoder's arguments. Raises BuildError where there is no such model, or no Ray."""
-        self._encoder = dict(encoder)
+        self._encoder = {**encoder, "source": _everywhere(encoder["source"])}
         self._options = options
-        self._description = PassageEncoder(**self._encoder).description()
+        # What an actor's device is, this machine need not have.
+        self._description = PassageEncoder(**self._encoder | {"device": "cpu"}).description()
         _import_ray(options)
 
     def description(self) -> Embedding:
@@ -54,6 +57,8 @@ class RayEncoder:
 
         The corpus is read beside this process, whichever machines embed. Raises BuildError where an actor fails.
         """
+        corpus = copy.copy(corpus)
+        corpus.path = corpus.path.absolute()
         with _ray(self._options) as ray:
             data = ray.data
             context = data.DataContext.get_current()
@@ -95,6 +100,11 @@ class _Actor:
         embeddings = self._encoder.encode(list(zip(titles, texts, strict=True)))
         columns = {"embeddings": [embeddings.tobytes()], "dimension": [embeddings.shape[1]]}
         return pa.table(columns, schema=pa.schema({"embeddings": pa.large_binary(), "dimension": pa.int64()}))
+
+
+def _everywhere(source: str) -> str:
+    """Returns a local folder as processes that were started elsewhere name it, and a hub's name as it is."""
+    return str(Path(source).absolute()) if Path(source).exists() else source
 
 
 def _datasource(data: Any, corpus: CorpusReader, first_row: int) -> Any:

@@ -9,7 +9,10 @@ from retriever_service.corpus import lock
 from retriever_service.corpus.base import Progress
 from retriever_service.corpus.compaction import write_snapshot
 from retriever_service.errors import BuildError, DamagedIndexError
-from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot, live_file
+from retriever_service.index.faiss_index import FaissIndex
+from retriever_service.index.recipe import recorded_knobs
+from retriever_service.index.snapshot import DOCUMENTS_FILE, INDEX_FILE, Snapshot, live_file
+from retriever_service.ingest.vectors import DEFAULT_EF_SEARCH, DEFAULT_NPROBE
 from retriever_service.ingest.verify import verify_index
 from retriever_service.store.acknowledged import Acknowledged, LostChangesError
 from retriever_service.store.live import LiveStore
@@ -19,13 +22,18 @@ _GENERATIONS_KEPT = 2
 
 
 def repair_index(
-    folder: Path, *, nprobe: int, ef_search: int, step: Callable[[str], None], progress: Progress
+    folder: Path,
+    *,
+    nprobe: int | None,
+    ef_search: int | None,
+    step: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[Snapshot, bool]:
     """Makes an index folder whole again; returns its snapshot, and whether there was anything to repair.
 
     The index is built from the documents and every change since, in the kind it had, as a new generation with
-    `nprobe` and `ef_search` as its own settings. Acknowledged changes that are gone from the log's end are given
-    up. Raises DamagedIndexError where the manifest or SQLite's files
+    `nprobe` and `ef_search` as its own settings, those it was built with where they are None. Acknowledged changes
+    that are gone from the log's end are given up. Raises DamagedIndexError where the manifest or SQLite's files
     are damaged themselves, ReadOnlyError while a retriever writes to the folder, and BuildError.
     """
     try:
@@ -37,7 +45,7 @@ def repair_index(
 
 
 def _repair(
-    folder: Path, nprobe: int, ef_search: int, step: Callable[[str], None], progress: Progress
+    folder: Path, nprobe: int | None, ef_search: int | None, step: Callable[[str], None], progress: Progress
 ) -> tuple[Snapshot, bool]:
     try:
         return verify_index(folder, step), False
@@ -59,8 +67,9 @@ def _repair(
             base.documents_file,
             base.manifest.digest(),
             base.manifest.dimension,
-            None if base is damaged else damaged.manifest.sequence,
+            damaged.manifest.sequence,
         )
+        built = _knobs(damaged, base)
         etag_prefix = base.manifest.digest().removeprefix("sha256:")[:8]
         store = LiveStore(
             base.documents_file,
@@ -74,7 +83,7 @@ def _repair(
                 store,
                 damaged.manifest,
                 base.manifest.generation,
-                {"nprobe": nprobe, "ef_search": ef_search},
+                {"nprobe": nprobe or built["nprobe"], "ef_search": ef_search or built["ef_search"]},
                 progress,
                 threading.Event(),
                 keep=_GENERATIONS_KEPT,
@@ -82,6 +91,15 @@ def _repair(
     finally:
         lock.release(root)
     return verify_index(folder, step), True
+
+
+def _knobs(damaged: Snapshot, base: Snapshot) -> dict[str, int]:
+    """Returns nprobe and ef_search of a damaged snapshot: its index file's, if that is whole, or recorded ones."""
+    with contextlib.suppress(DamagedIndexError, OSError):
+        damaged.verify((INDEX_FILE,))
+        return FaissIndex.load(damaged.index_file).settings()
+    default = {"nprobe": DEFAULT_NPROBE, "ef_search": DEFAULT_EF_SEARCH}
+    return recorded_knobs(damaged.folder) or recorded_knobs(base.folder) or default
 
 
 def _give_up_lost_changes(snapshot: Snapshot, last: int) -> None:

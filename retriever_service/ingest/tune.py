@@ -1,5 +1,6 @@
 """Measures recall against latency over the search knobs of an index, on its own documents."""
 
+import bisect
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -129,10 +130,15 @@ def recommended(trials: list[Trial], target_recall: float) -> Trial:
 
 def _knobs(index: VectorIndex) -> Iterator[SearchParameters]:
     """Yields values of the knobs that the index has, from the cheapest up."""
-    probes = [1 << power for power in range(20)]
+    probes = (1 << power for power in itertools.count())
     nprobes = list(itertools.takewhile(lambda value: _takes(index, SearchParameters(nprobe=value)), probes))
     searches = _EF_SEARCH if _takes(index, SearchParameters(ef_search=1)) else (0,)
     if nprobes:
+        last = nprobes[-1]
+        more = range(last + 1, 2 * last)
+        nlist = last + bisect.bisect(more, False, key=lambda n: not _takes(index, SearchParameters(nprobe=n)))
+        if nlist > last:
+            nprobes.append(nlist)
         # An HNSW coarse quantizer is left as it was built: cells are few, and nprobe decides.
         yield from (SearchParameters(nprobe=value) for value in nprobes)
     else:

@@ -18,9 +18,15 @@ def flags(setting: Setting) -> str:
     return ", ".join(f"{name} {value}" for name, value in chosen.items() if value)
 
 
-def as_table(trials: list[Trial], best: Trial, n_docs: int) -> Table:
-    """The trials, with the recommended one marked."""
-    table = Table(title="recall against latency, one question at a time")
+def as_table(trials: list[Trial], best: Trial, n_docs: int, target_recall: float) -> Table:
+    """The trials, with the recommended one marked, and whether it reaches the recall asked for."""
+    reached = best.recall >= target_recall
+    table = Table(
+        title="recall against latency, one question at a time",
+        caption=f"the target recall {target_recall:g} is reached"
+        if reached
+        else f"no setting tried reaches the target recall {target_recall:g}: the nearest is recommended",
+    )
     for name in ("setting", f"recall@{n_docs}", "p50 ms", "p99 ms", "searches/s, batches of 64", ""):
         table.add_column(name, justify="left" if name in {"setting", ""} else "right")
     for trial in trials:
@@ -36,10 +42,12 @@ def as_table(trials: list[Trial], best: Trial, n_docs: int) -> Table:
     return table
 
 
-def as_json(trials: list[Trial], best: Trial, n_docs: int) -> dict[str, Any]:
+def as_json(trials: list[Trial], best: Trial, n_docs: int, target_recall: float) -> dict[str, Any]:
     """The same as plain data."""
     return {
         "n_docs": n_docs,
+        "target_recall": target_recall,
+        "reached": best.recall >= target_recall,
         "recommended": asdict(best),
         "trials": [asdict(trial) for trial in trials],
     }

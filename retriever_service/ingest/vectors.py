@@ -1,7 +1,7 @@
 """From the stored embeddings to the faiss file of a generation, in steps that a killed build need not repeat."""
 
+import logging
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +9,20 @@ from typing import Protocol
 
 import numpy as np
 
-from retriever_service.errors import BuildError
+from retriever_service.errors import BuildError, DamagedIndexError
 from retriever_service.index.faiss_index import FaissBuilder, FaissIndex, normalized_kind
+from retriever_service.index.recipe import RECIPE_FILE, knobs_text
 from retriever_service.store.sqlite import SqliteStore
 from retriever_service.types import Float32Array, Metric
 
+logger = logging.getLogger(__name__)
+
+DEFAULT_NPROBE = 16
+DEFAULT_EF_SEARCH = 64
 _VECTORS_PER_CHUNK = 16_384
 _TRAINING_SEED = 0
 _PARTIAL_FILE = "partial.faiss"
 _UNFINISHED = ".unfinished"
-RECIPE_FILE = "vectors.recipe"
 # Of the time that indexing takes, at most a tenth goes to writing down how far it has come.
 _WORK_PER_CHECKPOINT = 10
 
@@ -42,7 +46,7 @@ class VectorOptions:
 
     def recipe(self) -> str:
         """Returns all that decides what the index file of given embeddings holds."""
-        return f"{normalized_kind(self.kind)} {self.metric} nprobe {self.nprobe} ef_search {self.ef_search}"
+        return f"{normalized_kind(self.kind)} {self.metric} {knobs_text(self.nprobe, self.ef_search)}"
 
 
 def build_vectors(
@@ -70,7 +74,7 @@ def _build(
     checkpoint = _Checkpoint(builder, work / _PARTIAL_FILE, options.checkpoint_s)
     if not checkpoint.resumed and builder.needs_training:
         progress("train", 0, 1)
-        builder.train(_sample(store, builder.num_training_vectors))
+        builder.train(_sample(store, builder.num_training_vectors, builder.dimension))
         checkpoint.write()
         progress("train", 1, 1)
     progress("index", builder.ntotal, len(store))
@@ -83,8 +87,20 @@ def _build(
     _rename_durably(unfinished, file)
 
 
-def adopt_vectors(source: Path, file: Path, dimension: int, num_documents: int) -> tuple[str, Metric]:
-    """Takes over a faiss file made elsewhere, for example by datasets' `save_faiss_index`. Raises BuildError."""
+def adopt_vectors(
+    source: Path,
+    file: Path,
+    dimension: int,
+    num_documents: int,
+    *,
+    nprobe: int | None,
+    ef_search: int | None,
+) -> tuple[str, Metric]:
+    """Takes over a faiss file made elsewhere, for example by datasets' `save_faiss_index`.
+
+    `nprobe` and `ef_search` become its own settings of the knobs it has; None leaves what it has. Raises BuildError
+    where it does not fit the corpus.
+    """
     if not source.is_file():
         raise BuildError(f"no faiss file at {source}")
     index = FaissIndex.load(source)
@@ -93,8 +109,14 @@ def adopt_vectors(source: Path, file: Path, dimension: int, num_documents: int) 
             f"{source} holds {index.ntotal} vectors of dimension {index.dimension},"
             f" the corpus {num_documents} of dimension {dimension}"
         )
-    _clear_other_recipe(file, f"{source.absolute()}")
-    shutil.copyfile(source, file)
+    if not index.names_rows():
+        raise BuildError(
+            f"{source} has ids of its own: a vector's id must be its document's row, from 0 to {num_documents - 1}"
+        )
+    own = index.settings()
+    knobs = knobs_text(nprobe or own["nprobe"], ef_search or own["ef_search"])
+    _clear_other_recipe(file, f"{source.absolute()} {knobs}")
+    index.save(file, nprobe=nprobe, ef_search=ef_search)
     return index.kind(), index.metric
 
 
@@ -109,7 +131,11 @@ class _Checkpoint:
         self._wrote_for_s = 0.0
         self.resumed = file.exists()
         if self.resumed:
-            builder.resume(file)
+            try:
+                builder.resume(file)
+            except DamagedIndexError as error:
+                logger.warning("%s: indexing begins anew", error.message)
+                self.resumed = False
 
     def write_if_due(self) -> None:
         if time.monotonic() - self._since_s >= max(self._least_s, _WORK_PER_CHECKPOINT * self._wrote_for_s):
@@ -141,10 +167,18 @@ def _rename_durably(unfinished: Path, file: Path) -> None:
     unfinished.replace(file)
 
 
-def _sample(store: SqliteStore, size: int) -> Float32Array:
-    """Returns `size` embeddings, or all, drawn evenly; the same on every build of the same corpus."""
+def _sample(store: SqliteStore, size: int, dimension: int) -> Float32Array:
+    """Returns `size` embeddings, or all, drawn evenly; the same on every build of the same corpus.
+
+    Read in chunks: rows as SQLite gives them take as much memory again.
+    """
     if len(store) <= size:
         rows = np.arange(len(store))
     else:
         rows = np.random.default_rng(_TRAINING_SEED).choice(len(store), size=size, replace=False)
-    return store.embeddings_of(np.sort(rows).tolist())
+    rows = np.sort(rows)
+    sample = np.empty((len(rows), dimension), dtype=np.float32)
+    for start in range(0, len(rows), _VECTORS_PER_CHUNK):
+        chunk = rows[start : start + _VECTORS_PER_CHUNK]
+        sample[start : start + len(chunk)] = store.embeddings_of(chunk.tolist())
+    return sample

@@ -54,7 +54,7 @@ def verify_index(folder: Path, step: Callable[[str], None]) -> Snapshot:
                 base.documents_file,
                 base.manifest.digest(),
                 manifest.dimension,
-                None if base is snapshot else manifest.sequence,
+                manifest.sequence,
             )
         step("search")
         rows, _ = index.search(store.embeddings_of([0]), 1, SearchParameters())

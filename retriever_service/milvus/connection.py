@@ -1,5 +1,6 @@
 """pymilvus with a time limit on every call, and its errors as this service's."""
 
+import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,6 @@ from rag_serving.errors import DataLossError, InternalError, RagError, StartupEr
 from retriever_service.errors import DiskFullError
 from retriever_service.milvus.channel import MilvusChannel
 from retriever_service.work_limit import current_limit
-
-logger = logging.getLogger(__name__)
 
 # Codes of Milvus: memory, disk, rate and quota limits; a collection that is gone; a service that is not ready; a
 # parameter of ours.
@@ -148,11 +147,9 @@ class MilvusConnection:
         """Whether a collection is there that an error says is not found: parts of Milvus may say so for a moment."""
         if getattr(error, "code", None) not in _GONE or not arguments:
             return False
-        try:
+        with contextlib.suppress(Exception):
             return bool(self._client.has_collection(arguments[0], timeout=self.address.timeout_s))
-        except Exception:
-            logger.warning("cannot tell whether Milvus has a collection", extra={"collection": arguments[0]})
-            return True
+        return True
 
     def _meaning(self, error: Exception, *, is_there: bool = False) -> Exception:
         said_here = _own(error)

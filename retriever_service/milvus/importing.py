@@ -49,9 +49,12 @@ def import_folder(
     snapshot.verify()
     if snapshot.root is not None:
         changes_file = live_file(snapshot.root, base.manifest.generation)
-        held = None if snapshot.manifest.base_generation is None else snapshot.manifest.sequence
         check_changes(
-            changes_file, base.documents_file, base.manifest.digest(), base.manifest.dimension, held
+            changes_file,
+            base.documents_file,
+            base.manifest.digest(),
+            base.manifest.dimension,
+            snapshot.manifest.sequence,
         )
     knobs = FaissIndex.load(snapshot.index_file, memory_map=True).settings()
     with base.held(), contextlib.closing(_store_of(snapshot)) as store:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from retriever_service.errors import DamagedIndexError
 from retriever_service.store.acknowledged import LostChangesError, read_acknowledged
-from retriever_service.store.live import open_live
+from retriever_service.store.live_connection import open_live
 from retriever_service.store.sqlite import meaning
 
 
@@ -29,13 +29,13 @@ def _crc32(*parts: bytes) -> int:
 
 
 def check_changes(
-    file: Path, base_file: Path, base_digest: str, dimension: int, snapshot_sequence: int | None
+    file: Path, base_file: Path, base_digest: str, dimension: int, snapshot_sequence: int
 ) -> None:
     """Checks the changes of a build, wholly.
 
-    `snapshot_sequence` is the last change that a snapshot of them holds, None where there is none: without one,
-    a file that is not there, or not begun, is that of a build that nobody has changed. Raises DamagedIndexError
-    naming the file, LostChangesError, or DiskFullError.
+    `snapshot_sequence` is the last change that a snapshot of them holds, 0 where it holds none: then a file that
+    is not there, or not begun, is that of a build that nobody has changed. Raises DamagedIndexError naming the
+    file, LostChangesError, or DiskFullError.
     """
     acknowledged = read_acknowledged(file)  # first: a retriever may be writing
     begun = False
@@ -46,14 +46,14 @@ def check_changes(
                 connection.execute("BEGIN")
                 begun = _is_begun(connection)
                 if begun:
-                    _check(connection, file, base_digest, dimension, snapshot_sequence or 0)
+                    _check(connection, file, base_digest, dimension, snapshot_sequence)
                     _check_end(connection, file, acknowledged)
         except sqlite3.DatabaseError as error:
             raise meaning(error, file, "read") from error
         except UnicodeDecodeError as error:
             raise DamagedIndexError(file, f"SQLite cannot read it: {error}") from error
     if not begun:
-        _check_needless(file, acknowledged, is_compacted=snapshot_sequence is not None)
+        _check_needless(file, acknowledged, is_compacted=snapshot_sequence > 0)
 
 
 def check_last_change(file: Path, base_file: Path, *, is_compacted: bool) -> None:

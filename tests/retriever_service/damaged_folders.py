@@ -14,9 +14,9 @@ from retriever_service.ingest.repair import repair_index
 DIM = 16
 
 
-def repaired(folder: Path) -> bool:
+def repaired(folder: Path, *, nprobe: int | None = 4) -> bool:
     quiet = {"step": lambda what: None, "progress": lambda stage, done, total: None}
-    return repair_index(folder, nprobe=4, ef_search=32, **quiet)[1]  # type: ignore[arg-type]
+    return repair_index(folder, nprobe=nprobe, ef_search=32, **quiet)[1]  # type: ignore[arg-type]
 
 
 def flip(file: Path) -> None:

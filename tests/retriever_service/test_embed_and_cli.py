@@ -1,6 +1,8 @@
 """Passage encoders, and the rag-index command that uses them."""
 
+import contextlib
 import json
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from retriever_service.errors import DamagedIndexError
+from retriever_service.errors import BuildError, DamagedIndexError
 from retriever_service.ingest import cli
+from retriever_service.store.filter_indexes import indexed_fields
 from tests.retriever_service.tiny_models import WORDS, wordpiece_tokenizer, write_jsonl
 
 PASSAGES = [("title", " ".join(WORDS[:length])) for length in (3, 60, 1, 20, 7)]
@@ -94,6 +97,48 @@ def test_dpr_context_encoder_takes_title_and_text_as_a_pair(tmp_path: Path) -> N
     assert encoder.description().name == "tiny-dpr"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"device": "banana"}, "device 'banana' cannot be used"),
+        ({"device": "cuda:99"}, "device 'cuda:99' cannot be used"),
+        ({"max_length": 41}, "has positions for 40 tokens, max_length is 41"),
+        ({"template": "{titel}"}, r"must hold \{title\} or \{text\}, got '\{titel\}'"),
+    ],
+)
+def test_settings_that_a_passage_encoder_cannot_have_are_refused_at_start(
+    bert_folder: Path, given: dict[str, Any], said: str
+) -> None:
+    """They ended in tracebacks, or every passage was embedded as the same."""
+    from retriever_service.ingest.embed import PassageEncoder
+
+    with pytest.raises(BuildError, match=said):
+        PassageEncoder(str(bert_folder), **given)
+
+
+def test_an_encoder_without_a_pooler_is_a_clear_error(tmp_path: Path) -> None:
+    from transformers import BartConfig, BartModel
+
+    from retriever_service.ingest.embed import PassageEncoder, Pooling
+
+    tokenizer = wordpiece_tokenizer()
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=12,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=40,
+    )
+    BartModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(BuildError, match="has no pooler: choose --pooling mean or cls"):
+        PassageEncoder(str(tmp_path), pooling=Pooling.POOLER).encode(PASSAGES)
+
+
 def test_command_builds_verifies_and_describes(tmp_path: Path, corpus: Path, bert_folder: Path) -> None:
     run = CliRunner()
     lines = [{"title": title, "text": text} for title, text in PASSAGES]
@@ -108,6 +153,43 @@ def test_command_builds_verifies_and_describes(tmp_path: Path, corpus: Path, ber
     (tmp_path / "index" / "generation-000001" / "index.faiss").write_bytes(b"")
     broken = run.invoke(cli.app, ["info", str(tmp_path / "index")])
     assert isinstance(broken.exception, DamagedIndexError)
+
+
+def test_paths_are_printed_whole_and_as_they_are(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Brackets were taken for rich's markup, and 80 columns broke a line where no terminal is."""
+    monkeypatch.setenv("COLUMNS", "40")
+    folder = tmp_path / f"my [draft] index{'x' * 60}" / "a[" / "b] [bold]"
+    run = CliRunner()
+    arguments = ["build", "--input", str(corpus), "--output", str(folder), "--embedding-model-name", "m[/b]"]
+    done = run.invoke(cli.app, arguments)
+    assert done.exit_code == 0, done.output
+    whole = f"{folder / 'generation-000001'}: whole, 60 documents"
+    for command, line in (
+        ("verify", whole),
+        ("repair", whole.replace(": whole", ": was whole: nothing to repair")),
+        ("info", str(folder / "generation-000001")),
+    ):
+        shown = run.invoke(cli.app, [command, str(folder)])
+        assert shown.exit_code == 0, shown.output
+        assert line in shown.output.splitlines()
+    assert "m[/b]" in shown.output
+    assert str(folder / "generation-000001") in done.output.splitlines()
+
+
+def test_filter_indexes_may_stand_apart(tmp_path: Path) -> None:
+    """ " lang" was indexed, a field that no document has."""
+    line = {"text": "a", "embedding": [1.0], "metadata": {"year": 1, "lang": "en"}}
+    file = write_jsonl(tmp_path / "c.jsonl", [line])
+    arguments = ["build", "--input", str(file), "--output", str(tmp_path / "index")]
+    done = CliRunner().invoke(
+        cli.app, [*arguments, "--embedding-model-name", "m", "--filter-indexes", " year, lang "]
+    )
+    assert done.exit_code == 0, done.output
+    documents = tmp_path / "index" / "generation-000001" / "documents.sqlite"
+    with contextlib.closing(sqlite3.connect(documents)) as connection:
+        assert indexed_fields(connection, "main") == {"year", "lang"}
 
 
 @pytest.mark.parametrize(

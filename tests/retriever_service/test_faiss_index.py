@@ -121,6 +121,22 @@ def test_factory_string_that_faiss_refuses_is_a_clear_error(kind: str) -> None:
         FaissBuilder(kind, DIM, Metric.INNER_PRODUCT)
 
 
+@pytest.mark.parametrize(
+    "kind", ["HNSW0", "HNSW1", "HNSW00_SQ8", "IVF4_HNSW0,Flat", "IVF0,Flat", "IVF0_HNSW8,Flat"]
+)
+def test_kinds_that_end_the_process_or_cannot_be_searched_are_refused(kind: str) -> None:
+    with pytest.raises(BuildError, match="needs"):
+        FaissBuilder(kind, DIM, Metric.INNER_PRODUCT)
+
+
+@pytest.mark.parametrize(("kind", "added"), [("IDMap,Flat", 0), ("NSG16,Flat", 300)])
+def test_a_kind_that_takes_no_more_vectors_is_a_clear_error(kind: str, added: int) -> None:
+    builder = FaissBuilder(kind, DIM, Metric.L2)
+    with pytest.raises(BuildError, match=f"takes no vectors after the first {added}"):  # noqa: PT012
+        builder.add(VECTORS[:300])
+        builder.add(VECTORS[300:])
+
+
 def test_too_few_vectors_to_train_is_a_clear_error() -> None:
     with pytest.raises(BuildError, match="cannot be trained on 3 vectors"):
         FaissBuilder("IVF8,Flat", DIM, Metric.L2).train(VECTORS[:3])

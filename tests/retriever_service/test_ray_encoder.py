@@ -1,12 +1,15 @@
 """`--engine ray`: the local engine's result from a pool of actors; skipped where Ray is not installed."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from retriever_service.index.snapshot import Snapshot
+from retriever_service.ingest.reader import CorpusReader
 from tests.retriever_service.tiny_models import WORDS, wordpiece_tokenizer, write_jsonl
 
 pytest.importorskip("ray", reason="the extra ray is not installed")
@@ -31,6 +34,31 @@ def test_ray_of_this_machine_listens_on_loopback_only() -> None:
     addresses = set(told.stdout.split())
     assert addresses, told.stderr
     assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_what_a_cluster_reads_is_named_by_absolute_paths(
+    tmp_path: Path, bert_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its processes were started in another directory: what the command line named was not there."""
+    from retriever_service.ingest import ray_encoder
+
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "a"}])
+    monkeypatch.chdir(bert_folder.parent)
+    options = ray_encoder.RayOptions(None, 1, 1, False)
+    encoder = ray_encoder.RayEncoder({"source": bert_folder.name, "device": "cuda"}, options)
+    assert encoder._encoder["source"] == str(bert_folder)
+    read: list[Path] = []
+
+    def reading(data: object, corpus: CorpusReader, first_row: int) -> None:
+        read.append(corpus.path)
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray_encoder, "_ray", lambda options: contextlib.nullcontext(MagicMock()))
+    monkeypatch.setattr(ray_encoder, "_datasource", reading)
+    with pytest.raises(KeyboardInterrupt):
+        next(encoder.encode_corpus(CorpusReader(Path("c.jsonl")), 0))
+    assert read == [corpus]
 
 
 def test_ray_gives_the_local_engines_index(tmp_path: Path) -> None:

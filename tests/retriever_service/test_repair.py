@@ -13,8 +13,10 @@ import pytest
 from retriever_service.corpus.base import Delete
 from retriever_service.corpus.local import LocalCorpus
 from retriever_service.errors import DamagedIndexError, MissingIndexError, ReadOnlyError
+from retriever_service.index.faiss_index import FaissIndex
+from retriever_service.index.snapshot import Snapshot
 from retriever_service.ingest.verify import verify_index
-from retriever_service.store.live import SCHEMA
+from retriever_service.store.live_connection import SCHEMA
 from retriever_service.types import SearchParameters
 from tests.retriever_service.damaged_folders import change, compacted, flip, repaired
 
@@ -57,6 +59,44 @@ def test_a_damaged_index_is_refused_by_name_and_built_anew(
     finally:
         live.close()
     assert not repaired(folder)
+
+
+def test_an_index_that_nobody_has_changed_is_repaired_and_serves(
+    tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
+    """What repair had written was refused for want of a changes file, by every command and for good."""
+    folder = tmp_path / "index"
+    flip(build_corpus(corpus, folder, kind="IVF10,Flat").index_file)
+    assert repaired(folder)
+    verify_index(folder, lambda what: None)
+    assert not repaired(folder)
+    for options in ({"verify": False}, {"take_changes": False}, {}):
+        LocalCorpus(folder, **options).close()  # type: ignore[arg-type]
+    live = LocalCorpus(folder)
+    change(live)
+    live.close()
+    verify_index(folder, lambda what: None)
+
+
+@pytest.mark.parametrize("damaged", ["index.faiss", "rows.npy"])
+def test_repair_keeps_the_nprobe_that_an_index_was_built_with(
+    damaged: str, tmp_path: Path, corpus: Path, build_corpus: Build
+) -> None:
+    """It was 16 again."""
+    folder = tmp_path / "index"
+    build_corpus(corpus, folder, kind="IVF30,Flat", nprobe=30)
+    compacted(folder)
+    flip(folder / "generation-000002" / damaged)
+    assert repaired(folder, nprobe=None)
+    assert own_nprobe(folder) == 30
+    for nprobe in (7, None):
+        flip(Snapshot.open(folder).index_file)
+        assert repaired(folder, nprobe=nprobe)
+        assert own_nprobe(folder) == 7
+
+
+def own_nprobe(folder: Path) -> int:
+    return FaissIndex.load(Snapshot.open(folder).index_file).settings()["nprobe"]
 
 
 # Where each file of a folder lies, whether repair can make it anew, and how it is named.

@@ -1,6 +1,8 @@
 """Index folders: generations, checksums, atomic switching."""
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +59,57 @@ def test_generation_that_current_names_is_kept_however_old(
     (folder / "CURRENT").unlink()
     snapshot.prune(folder, keep=1)
     assert names(folder) == [".lock", "generation-000001", "generation-000004"]
+
+
+def test_pruning_takes_what_another_has_removed_for_removed(
+    folder: Path, corpus: Path, build_corpus: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retriever that let a generation go pruned beside a compaction, which failed behind its last step."""
+    open_folder = snapshot._open_folder
+    rmtree = shutil.rmtree
+
+    def open_too_late(path: Path) -> int:
+        rmtree(path)
+        return open_folder(path)
+
+    def remove_too_late(path: Path, **options: Any) -> None:
+        rmtree(path)
+        rmtree(path, **options)
+
+    for generation in (2, 3):
+        build_corpus(corpus, folder, keep_generations=9)
+        (folder / f"live-00000{generation}.sqlite").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(snapshot, "_open_folder", open_too_late)
+        snapshot.prune(folder, keep=2)
+    assert "generation-000001" not in names(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", remove_too_late)
+        snapshot.prune(folder, keep=1)
+    assert names(folder) == [".lock", "CURRENT", "generation-000003", "live-000003.sqlite"]
+
+
+def test_what_cannot_be_pruned_fails_no_publishing(
+    folder: Path,
+    corpus: Path,
+    build_corpus: Build,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+
+    with monkeypatch.context() as patched, caplog.at_level("WARNING"):
+        patched.setattr(snapshot, "_remove_unless_held", refuse)
+        assert build_corpus(corpus, folder, keep_generations=1).manifest.generation == 2
+    assert "old generations stay" in caplog.text
+    snapshot.prune(folder, keep=1)
+    assert names(folder) == [".lock", "CURRENT", "generation-000002"]
+
+
+def test_folder_that_cannot_be_looked_into_has_no_index(tmp_path: Path) -> None:
+    with pytest.raises(MissingIndexError, match="File name too long"):
+        Snapshot.open(tmp_path / ("x" * 300))
 
 
 def test_one_generation_can_be_opened_by_its_own_folder(
@@ -152,13 +205,32 @@ def test_nothing_is_named_before_it_is_on_the_disk(
     assert events[current + 1] == "sync index"
 
 
-def test_failed_build_leaves_no_trace(folder: Path, tmp_path: Path, build_corpus: Build) -> None:
+def test_every_folder_that_a_build_makes_has_its_name_on_the_disk(
+    tmp_path: Path, corpus: Path, build_corpus: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folders above a new one were made and not synced: a loss of power could take the index with them."""
+    synced: list[Path] = []
+    fsync = snapshot._fsync
+
+    def noting(path: Path) -> None:
+        fsync(path)
+        synced.append(path)
+
+    monkeypatch.setattr(snapshot, "_fsync", noting)
+    build_corpus(corpus, tmp_path / "new" / "deep" / "index")
+    assert synced[:3] == [tmp_path, tmp_path / "new", tmp_path / "new" / "deep"]
+
+
+def test_failed_build_leaves_what_serves_alone(folder: Path, tmp_path: Path, build_corpus: Build) -> None:
     before = names(folder)
     bad = write_jsonl(tmp_path / "bad.jsonl", [*make_documents(600, 16), {"text": 5}])
     with pytest.raises(BuildError, match="line 601"):
         build_corpus(bad, folder)
-    assert names(folder) == before
+    assert set(names(folder)) - {".building"} == set(before)
     verify_index(folder, lambda what: None)
+    corrected = build_corpus(write_jsonl(bad, make_documents(601, 16, seed=3)), folder)
+    whole = build_corpus(bad, tmp_path / "whole")
+    assert corrected.manifest.files == whole.manifest.files
 
 
 def test_two_builds_at_once_are_refused(folder: Path, corpus: Path, build_corpus: Build) -> None:

@@ -46,6 +46,59 @@ def test_widest_setting_finds_nearly_all_and_recall_grows(
     assert best.recall >= 0.9
 
 
+def test_every_cell_of_an_index_is_tried_where_fewer_do_not_find_all(
+    tmp_path: Path, build_corpus: Build
+) -> None:
+    """Powers of two alone went no further than 16 of 30."""
+    snapshot = build_corpus(
+        write_jsonl(tmp_path / "c.jsonl", DOCUMENTS), tmp_path / "index", kind="IVF30,Flat"
+    )
+    store = SqliteStore(snapshot.documents_file, 16)
+    index = FaissIndex.load(snapshot.index_file)
+    # Of documents all of which are asked for, each cell has some.
+    trials = tune(index, store, sampled_questions(store, 5), 600, lossy=False, progress=lambda setting: None)
+    store.close()
+    assert [trial.setting.nprobe for trial in trials] == [1, 2, 4, 8, 16, 30]
+    assert trials[-1].recall == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_lossy"), [("PCA4,Flat", True), ("IVF4,RaBitQ", True), ("IVF4,Flat", False)]
+)
+def test_candidates_are_rescored_wherever_scores_are_approximate(
+    tmp_path: Path, build_corpus: Build, kind: str, is_lossy: bool
+) -> None:
+    """Only kinds with PQ or SQ in their names were."""
+    build_corpus(write_jsonl(tmp_path / "c.jsonl", DOCUMENTS), tmp_path / "index", kind=kind)
+    arguments = ["tune", str(tmp_path / "index"), "--json", "--num-questions", "20"]
+    found = json.loads(CliRunner().invoke(cli.app, arguments).stdout)
+    factors = {trial["setting"]["rescore_factor"] for trial in found["trials"]}
+    assert (len(factors) > 1) is is_lossy
+
+
+@pytest.mark.parametrize(
+    ("target", "reached", "line"),
+    [
+        ("0.95", True, "the target recall 0.95 is reached"),
+        ("1", False, "no setting tried reaches the target recall 1:"),
+    ],
+)
+def test_command_says_whether_the_target_is_reached(
+    tmp_path: Path,
+    build_corpus: Build,
+    target: str,
+    reached: bool,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli.tuning, "tune", lambda *_, **__: [Trial(Setting(8), 0.96, 1.0, 1.0, 1.0)])
+    monkeypatch.setenv("COLUMNS", "120")
+    build_corpus(write_jsonl(tmp_path / "c.jsonl", DOCUMENTS), tmp_path / "index")
+    arguments = ["tune", str(tmp_path / "index"), "--target-recall", target]
+    assert line in CliRunner().invoke(cli.app, arguments).stdout
+    assert json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)["reached"] is reached
+
+
 def test_exact_rows_are_brute_force(tmp_path: Path, build_corpus: Build) -> None:
     snapshot = build_corpus(write_jsonl(tmp_path / "c.jsonl", DOCUMENTS), tmp_path / "index")
     store = SqliteStore(snapshot.documents_file, 16)
