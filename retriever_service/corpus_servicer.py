@@ -15,7 +15,7 @@ from retriever_service.context.assembler import ContextAssembler
 from retriever_service.corpus.base import Upsert
 from retriever_service.corpus_wire import ChangeLimits
 from retriever_service.errors import ExpectationError
-from retriever_service.generations import Generations, Served
+from retriever_service.generations import Description, Generations
 from retriever_service.index.manifest import Manifest
 from retriever_service.maintenance import Maintenance
 from retriever_service.operations import Operation
@@ -132,11 +132,7 @@ class CorpusServicer(retriever_service_pb2_grpc.RetrieverServiceServicer):
         """Reads a page of documents, in the order of keys."""
         after_key, size = corpus_wire.read_page(request, self._change_limits)
         page, total_size = await self._maintenance.page(after_key, size)
-        return retriever_service_pb2.ListDocumentsResponse(
-            documents=[corpus_wire.document(found) for found in page.documents],
-            next_page_token=corpus_wire.page_token(page.documents) if page.more else "",
-            total_size=total_size,
-        )
+        return corpus_wire.page_response(page, total_size, self._change_limits)
 
     async def CompactIndex(  # noqa: N802
         self, _request: retriever_service_pb2.CompactIndexRequest, _context: Context
@@ -149,8 +145,10 @@ class CorpusServicer(retriever_service_pb2_grpc.RetrieverServiceServicer):
         self, request: retriever_service_pb2.ActivateIndexRequest, _context: Context
     ) -> retriever_service_pb2.ActivateIndexResponse:
         """Begins to load another index folder."""
-        expected = [] if request.ignore_callers else self._expectations.recent()
-        check = functools.partial(self._check_all, [request.expectation, *expected])
+        expected = [request.expectation]
+        if not request.ignore_callers:
+            expected += self._expectations.recent()
+        check = functools.partial(self._check_all, expected, request.ignore_callers)
         operation = self._operation(self._maintenance.activate(request.index_folder, check))
         return retriever_service_pb2.ActivateIndexResponse(operation=operation)
 
@@ -189,15 +187,15 @@ class CorpusServicer(retriever_service_pb2_grpc.RetrieverServiceServicer):
         if expectation.dimension and expectation.dimension != manifest.dimension:
             raise ExpectationError("dimension", expectation.dimension, manifest.dimension)
 
-    def describe(self, served: Served) -> retriever_service_pb2.GetIndexResponse:
-        """Describes a generation that serves."""
-        manifest, assembler = served.generation.manifest, self._assembler
+    def describe(self, index: Description) -> retriever_service_pb2.GetIndexResponse:
+        """Describes a generation, and how contexts are assembled here."""
+        manifest, assembler = index.manifest, self._assembler
         return retriever_service_pb2.GetIndexResponse(
-            ntotal=served.generation.index.ntotal,
+            ntotal=index.ntotal,
             dimension=manifest.dimension,
             metric=METRICS[manifest.metric],
             kind=manifest.kind,
-            generation=served.generation.number,
+            generation=index.number,
             embedding_model=manifest.embedding.name,
             context_tokenizer_digest=assembler.tokenizer.digest,
             max_combined_length=self._index_defaults.max_combined_length,
@@ -206,19 +204,23 @@ class CorpusServicer(retriever_service_pb2_grpc.RetrieverServiceServicer):
             title_sep=assembler.title_sep,
             doc_sep=assembler.doc_sep,
             prefix=assembler.prefix,
-            sequence=served.corpus.sequence,
-            pending_changes=served.corpus.pending_changes,
-            writable=served.corpus.read_only_reason is None,
-            generations=self._generations.numbers,
-            index_folder=str(served.corpus.folder),
-            devices=served.generation.index.devices,
+            sequence=index.sequence,
+            pending_changes=index.pending_changes,
+            writable=index.writable,
+            generations=index.serving,
+            index_folder=str(index.index_folder),
+            devices=index.devices,
         )
 
-    def _check_all(self, expectations: list[document_pb2.Expectation], manifest: Manifest) -> None:
-        for expectation in expectations:
+    def _check_all(
+        self, expectations: list[document_pb2.Expectation], ignore_callers: bool, manifest: Manifest
+    ) -> None:
+        """Checks what was expected when an activation was asked for, and by those who have called since."""
+        later = [] if ignore_callers else self._expectations.recent()
+        for expectation in (*expectations, *later):
             self.check_expectation(expectation, manifest)
 
-    def _operation(self, operation: Operation[Served]) -> retriever_service_pb2.Operation:
+    def _operation(self, operation: Operation[Description]) -> retriever_service_pb2.Operation:
         response = retriever_service_pb2.Operation(
             name=operation.name,
             stage=operation.stage,

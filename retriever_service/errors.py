@@ -19,6 +19,8 @@ NotFoundError
 ResourceExhaustedError
 ├── OverloadedError                RETRIEVER_OVERLOADED       too many questions wait
 └── DiskFullError                  DISK_FULL                  no room for the change; reading goes on
+UnavailableError
+└── UnreadableChangesError         CHANGES_UNREADABLE         changes of another process, which cannot be read here now
 DataLossError
 └── DamagedIndexError              INDEX_DAMAGED              a file of the index is not what was written
 StartupError
@@ -38,6 +40,7 @@ from rag_serving.errors import (
     NotFoundError,
     ResourceExhaustedError,
     StartupError,
+    UnavailableError,
 )
 
 
@@ -151,6 +154,15 @@ class OverloadedError(ResourceExhaustedError):
     """More questions wait than the service queues."""
 
     reason = "RETRIEVER_OVERLOADED"
+
+
+class UnreadableChangesError(UnavailableError):
+    """What another process writes cannot be read from here, now or at all; the message says why."""
+
+    reason = "CHANGES_UNREADABLE"
+
+    def __init__(self, file: object, what: str) -> None:
+        super().__init__(f"{file}: {what}", metadata={"file": str(file)})
 
 
 class DamagedIndexError(DataLossError):

@@ -50,7 +50,7 @@ class Follower:
             try:
                 await self._warm_up(served.retriever)
             except BaseException:
-                self._generations.abandon(served)
+                await self._generations.abandon(served)
                 raise
             self._generations.switch(served)
             logger.info(

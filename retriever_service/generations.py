@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from retriever_service.corpus.base import Corpus, Generation
 from retriever_service.errors import GenerationGoneError
+from retriever_service.index.manifest import Manifest
 from retriever_service.metrics import RetrieverMetrics
 from retriever_service.retriever import Retriever
 
@@ -20,6 +22,24 @@ class Served:
     retriever: Retriever
     leases: int = 0
     is_dropped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a generation was at one moment; it holds nothing of the index, and can be kept.
+
+    `serving` are the generations that could be pinned then, oldest first.
+    """
+
+    number: int
+    manifest: Manifest
+    ntotal: int
+    devices: Sequence[str]
+    sequence: int
+    pending_changes: int
+    writable: bool
+    serving: Sequence[int]
+    index_folder: Path
 
 
 class Generations:
@@ -54,7 +74,7 @@ class Generations:
     @property
     def corpora(self) -> list[Corpus]:
         """The corpora of the generations that serve, the current one's last."""
-        return list(dict.fromkeys(served.corpus for served in self._served))
+        return list(dict.fromkeys(served.corpus for served in reversed(self._served)))[::-1]
 
     @contextlib.contextmanager
     def lease(self, number: int = 0) -> Iterator[Served]:
@@ -83,9 +103,25 @@ class Generations:
             self._drop(self._served.pop(0))
         self.show()
 
-    def abandon(self, served: Served) -> None:
-        """Gives up a prepared generation."""
-        self._drop(served)
+    async def abandon(self, served: Served) -> None:
+        """Gives up a prepared generation; returns once its corpus has let go of it, and of its number."""
+        served.is_dropped = True
+        await self._leave(served)
+
+    def describe(self, served: Served) -> Description:
+        """Says what a generation, whose corpus is open, is now."""
+        generation, corpus = served.generation, served.corpus
+        return Description(
+            number=generation.number,
+            manifest=generation.manifest,
+            ntotal=generation.index.ntotal,
+            devices=generation.index.devices,
+            sequence=corpus.sequence,
+            pending_changes=corpus.pending_changes,
+            writable=corpus.read_only_reason is None,
+            serving=self.numbers,
+            index_folder=corpus.folder,
+        )
 
     def show(self) -> None:
         """Brings the gauges up to date."""

@@ -180,7 +180,9 @@ def make_serving(loaded: Loaded, settings: RetrieverSettings, metrics: Retriever
         encoder=loaded.encoder,
         compact_after=settings.compact_after,
     )
-    change_limits = ChangeLimits(settings.max_change_documents, settings.max_text_bytes)
+    change_limits = ChangeLimits(
+        settings.max_change_documents, settings.max_text_bytes, settings.max_message_bytes
+    )
     servicer = RetrieverServicer(generations, maintenance, loaded.assembler, loaded.limits, change_limits)
     return Serving(loaded.library, generations, maintenance, servicer, follower)
 

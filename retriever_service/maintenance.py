@@ -13,7 +13,7 @@ from rag_serving.errors import InvalidArgumentError, RagError, UnavailableError
 from rag_serving.request_deadline import request_deadline_s
 from retriever_service.corpus.base import Corpus, CorpusLibrary, Delete, Deleted, Page, Upsert, Upserted
 from retriever_service.errors import BuildError, NoPassageEncoderError, ReadOnlyError
-from retriever_service.generations import Generations, Served
+from retriever_service.generations import Description, Generations, Served
 from retriever_service.index.manifest import Embedding, Manifest
 from retriever_service.niceness import give_way
 from retriever_service.operations import Operation, Operations
@@ -69,7 +69,7 @@ class Maintenance:
         self._switching = ThreadPoolExecutor(1, "switch", initializer=give_way)
         self._encoding = ThreadPoolExecutor(1, "encode")
         self._compaction_failed_at = -1
-        self.operations: Operations[Served] = Operations()
+        self.operations: Operations[Description] = Operations()
 
     async def upsert(self, batch: Upsert) -> Upserted:
         """Writes a batch into the corpus that serves: see Corpus.upsert."""
@@ -110,15 +110,16 @@ class Maintenance:
             page = await run_limited(None, served.corpus.page, after_key, size)
             return page, served.generation.index.ntotal
 
-    def compact(self) -> Operation[Served]:
+    def compact(self) -> Operation[Description]:
         """Begins a compaction. Raises ReadOnlyError or OperationRunningError."""
         corpus = self._generations.current.corpus
         if corpus.read_only_reason is not None:
             raise ReadOnlyError(f"no compaction here: {corpus.read_only_reason}")
         return self.operations.start("compact", self._compact)
 
-    def activate(self, folder: str, check: Callable[[Manifest], None]) -> Operation[Served]:
-        """Begins to activate an index folder. `check` raises where the index does not fit the callers.
+    def activate(self, folder: str, check: Callable[[Manifest], None]) -> Operation[Description]:
+        """Begins to activate an index folder. `check` raises where the index does not fit the callers; it is asked
+        again and again, the last time just before the switch.
 
         Raises InvalidArgumentError for a folder outside of the activation root, ReadOnlyError or
         OperationRunningError.
@@ -127,12 +128,9 @@ class Maintenance:
             raise ReadOnlyError(f"no activation here: {self._library.refused}")
         if self._activation_root is None:
             raise ReadOnlyError("no activation here: this retriever was started without --activation-root")
-        root = self._activation_root.resolve()
-        path = (root / folder).resolve()
-        if not folder or "\0" in folder or not path.is_relative_to(root):
-            raise InvalidArgumentError("index_folder", f"must be a folder below {root}", folder)
+        path = _folder_below(self._activation_root.resolve(), folder)
 
-        async def work(operation: Operation[Served]) -> Served:
+        async def work(operation: Operation[Description]) -> Description:
             return await self._activate(path, check, operation)
 
         return self.operations.start("activate", work)
@@ -194,7 +192,7 @@ class Maintenance:
         self.compact_if_due()
         return answer
 
-    async def _compact(self, operation: Operation[Served]) -> Served:
+    async def _compact(self, operation: Operation[Description]) -> Description:
         corpus = self._generations.current.corpus
         try:
             generation = await self._giving_way(corpus.compact, operation.progress, operation.cancelled)
@@ -203,12 +201,11 @@ class Maintenance:
             raise
         self._compaction_failed_at = -1
         served = self._generations.prepare(corpus, generation)
-        await self._switch(served, operation)
-        return served
+        return await self._switch(served, operation)
 
     async def _activate(
-        self, path: Path, check: Callable[[Manifest], None], operation: Operation[Served]
-    ) -> Served:
+        self, path: Path, check: Callable[[Manifest], None], operation: Operation[Description]
+    ) -> Description:
         check(await asyncio.to_thread(self._library.manifest, path))
         corpus, generation = await self._giving_way(
             self._library.open,
@@ -223,27 +220,51 @@ class Maintenance:
             operation.check()
             check(generation.manifest)
         except BaseException:
-            self._generations.abandon(served)
+            await self._generations.abandon(served)
             raise
-        await self._switch(served, operation, remember=True)
-        return served
+        return await self._switch(served, operation, check)
 
     async def _giving_way(self, work: Callable[[*ArgumentTs], AnswerT], *arguments: *ArgumentTs) -> AnswerT:
         """Runs the long part of an operation in a thread that searches go before."""
         run = functools.partial(contextvars.copy_context().run, work, *arguments)
         return await asyncio.get_running_loop().run_in_executor(self._switching, run)
 
-    async def _switch(self, served: Served, operation: Operation[Served], *, remember: bool = False) -> None:
-        """Warms up, then, between two changes, remembers what is active and switches to it."""
+    async def _switch(
+        self,
+        served: Served,
+        operation: Operation[Description],
+        check: Callable[[Manifest], None] | None = None,
+    ) -> Description:
+        """Warms up, then, between two changes, switches; what is activated has a `check`, and is remembered."""
         try:
             operation.progress("warm up", 0, 1)
             await self._warm_up(served.retriever)
             async with self._changing:
-                if remember:
+                if check is not None:
                     operation.check()
+                    check(served.generation.manifest)
                     await asyncio.to_thread(self._library.remember, served.corpus, served.generation)
                 self._generations.switch(served)
         except BaseException:
-            self._generations.abandon(served)
+            await self._generations.abandon(served)
             raise
         operation.progress("done", served.generation.manifest.ntotal, served.generation.manifest.ntotal)
+        return self._generations.describe(served)
+
+
+def _folder_below(root: Path, folder: str) -> Path:
+    """Returns the path of a folder below `root`, there or not. Raises InvalidArgumentError where it can be none."""
+    field, what = "index_folder", f"must be a folder below {root}"
+    if not folder or "\0" in folder:
+        raise InvalidArgumentError(field, what, folder)
+    try:
+        path = (root / folder).resolve()
+        if not path.is_relative_to(root):
+            raise InvalidArgumentError(field, what, folder)
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, a loop of links
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidArgumentError(field, f"{what}: {why}", folder) from error
+    return path

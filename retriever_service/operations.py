@@ -25,7 +25,8 @@ ResultT = TypeVar("ResultT")
 class Operation(Generic[ResultT]):
     """One operation. The thread that does the work reports; everybody else reads.
 
-    Once `done`, either `error` or `result` is set. `create_time_s` is in seconds since the epoch.
+    Once `done`, either `error` or `result` is set, and kept: neither may hold an index. `create_time_s` is in
+    seconds since the epoch.
     """
 
     name: str
@@ -105,6 +106,8 @@ class Operations(Generic[ResultT]):
             logger.info("operation done", extra={"operation": operation.name})
         except RagError as error:
             operation.error = error
+            # Its frames, and those of what caused it, hold whatever the operation had opened.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             logger.warning("operation failed", extra={"operation": operation.name, "reason": error.message})
         except Exception:
             logger.exception("operation failed", extra={"operation": operation.name})

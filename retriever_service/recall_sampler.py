@@ -90,7 +90,7 @@ class RecallSampler:
         living = self._store.rows()
         if not np.isin(rows[rows >= 0], living).all():
             return None  # a document of the answer was deleted or replaced since: no fault of the index
-        among = living if selection is None else np.intersect1d(selection.rows, living)
+        among = living if selection is None else np.intersect1d(selection.rows_before(next_row), living)
         best = exact_search(self._store, vector, n_docs, self._index.metric, among)[0]
         return float(np.isin(best, rows).mean()) if len(best) else None
 
@@ -107,7 +107,7 @@ class RecallSampler:
             return None  # as above
         among = np.concatenate([self._store.rows_between(some.start, some.stop) for some in part])
         if selection is not None:
-            among = np.intersect1d(selection.rows, among)
+            among = np.intersect1d(selection.rows_before(part[-1].stop), among)
         best = exact_search(self._store, vector, n_docs, self._index.metric, among)[0].tolist()
         embeddings = dict(zip([*found, *best], self._store.embeddings_of([*found, *best]), strict=True))
         return recall_in_part(

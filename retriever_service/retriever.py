@@ -21,7 +21,7 @@ from retriever_service.search_batcher import SearchBatcher
 from retriever_service.selections import Selections
 from retriever_service.store.base import DocumentStore
 from retriever_service.store.passage_reader import PassageCache, PassageReader
-from retriever_service.types import Document, Int64Array, Query, Retrieved, Selection
+from retriever_service.types import Document, Float32Array, Int64Array, Query, Retrieved, Selection
 from retriever_service.work_limit import run_limited
 
 _READING_THREADS = 2
@@ -44,6 +44,7 @@ class Retriever:
 
     Make it inside a running event loop. Searching has a thread for each copy of the index, which may use several
     in faiss; what follows runs in a pool of `assembly_threads`, or with the search where a question comes alone.
+    Contexts of long documents have a thread of their own, which nobody else waits for.
     Filters, exact searches and documents asked for have threads of their own, for a filter may take seconds.
     """
 
@@ -70,6 +71,7 @@ class Retriever:
         self._metrics = metrics
         self._search_executor = search_executor or ThreadPoolExecutor(index.parallel_searches, "search")
         self._assembling = ThreadPoolExecutor(self._limits.assembly_threads, "assemble")
+        self._assembling_long = ThreadPoolExecutor(1, "assemble-long")
         self._reading = ThreadPoolExecutor(_READING_THREADS, "read")
         self._completer = Completer(
             PassageReader(store, BoundedCache(0) if passage_cache is None else passage_cache),
@@ -122,6 +124,10 @@ class Retriever:
             found, retrieved = await self._search(query, selection)
             if retrieved is None:
                 retrieved = await self._completions.run(Searched(query, found))
+            if retrieved.contexts is None and not query.skip_contexts:
+                retrieved = await run_limited(
+                    self._assembling_long, self._completer.assemble, query, retrieved
+                )
             if query.score_threshold is None:
                 vectors = query.question_hidden_states
                 self._sampler.offer(vectors, query.n_docs, retrieved.rows, selection)
@@ -150,6 +156,7 @@ class Retriever:
         self._search_executor.shutdown()
         self._sampling.shutdown(cancel_futures=True)
         self._assembling.shutdown()
+        self._assembling_long.shutdown()
         self._reading.shutdown()
 
     def _admit(self, batch: int) -> None:
@@ -178,9 +185,7 @@ class Retriever:
         if selection is not None and (
             len(selection) <= self._limits.max_exact_rows or not self.index.takes_selection
         ):
-            exact = functools.partial(
-                exact_search, self.store, vectors, query.n_docs, self.index.metric, selection.rows
-            )
+            exact = functools.partial(self._search_exactly, vectors, query.n_docs, selection)
             return await asyncio.get_running_loop().run_in_executor(self._reading, exact), None
         factor = 1 if self.index.has_exact_scores else query.rescore_factor
 
@@ -190,3 +195,6 @@ class Retriever:
         return await self._batcher.search_and_finish(
             vectors, query.n_docs * factor, query.search_parameters, selection, finish
         )
+
+    def _search_exactly(self, vectors: Float32Array, n_docs: int, selection: Selection) -> Int64Array:
+        return exact_search(self.store, vectors, n_docs, self.index.metric, self.index.living(selection))

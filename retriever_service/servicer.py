@@ -11,7 +11,7 @@ from rag_serving.errors import InvalidArgumentError
 from rag_serving.interceptors.base import Context
 from retriever_service.context.assembler import ContextAssembler
 from retriever_service.corpus_servicer import CorpusServicer, IndexDefaults
-from retriever_service.corpus_wire import ChangeLimits, document
+from retriever_service.corpus_wire import ChangeLimits, document, documents_within
 from retriever_service.filter_wire import read_filter
 from retriever_service.generations import Generations
 from retriever_service.maintenance import Maintenance
@@ -88,12 +88,21 @@ class RetrieverServicer(CorpusServicer):
         _check_get_documents(request, self._limits)
         with self._generations.lease() as served:
             by_key, by_row = await served.retriever.documents(list(request.keys), list(request.rows))
-        found = [by_key.get(key) for key in request.keys] + [by_row.get(row) for row in request.rows]
-        return retriever_service_pb2.GetDocumentsResponse(
-            documents=[document(one) for one in found if one is not None],
+        asked = [by_key.get(key) for key in request.keys] + [by_row.get(row) for row in request.rows]
+        found = [one for one in asked if one is not None]
+        response = retriever_service_pb2.GetDocumentsResponse(
             missing_keys=[key for key in request.keys if key not in by_key],
             missing_rows=[row for row in request.rows if row not in by_row],
         )
+        max_bytes = self._change_limits.max_message_bytes
+        response.documents.extend(documents_within(found, max_bytes - response.ByteSize()))
+        if len(response.documents) < len(found):
+            raise InvalidArgumentError(
+                "keys" if request.keys else "rows",
+                f"{len(found)} documents are more than an answer of {max_bytes} bytes holds:"
+                f" ask for {len(response.documents)}, which fit, and then for the others",
+            )
+        return response
 
     async def GetIndex(  # noqa: N802
         self, request: retriever_service_pb2.GetIndexRequest, _context: Context
@@ -102,7 +111,7 @@ class RetrieverServicer(CorpusServicer):
         served = self._generations.current
         self.check_expectation(request.expectation, served.generation.manifest)
         self._expectations.remember(request.expectation)
-        return self.describe(served)
+        return self.describe(self._generations.describe(served))
 
 
 def _response(

@@ -59,6 +59,10 @@ class Selection:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def rows_before(self, next_row: int) -> Int64Array:  # noqa: ARG002  (all are known)
+        """Returns the rows, for an index that holds none from `next_row` on; there may be later ones among them."""
+        return self.rows
+
     def bitmap(self, ntotal: int) -> npt.NDArray[np.uint8]:
         """Returns one bit a row, the lowest of each byte first; made once, for one `ntotal`."""
         if self._bitmap is None:

@@ -24,6 +24,7 @@ from retriever_service.errors import CompactionError, DamagedIndexError, DiskFul
 from retriever_service.index.base import VectorIndex
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.live_index import LiveIndex
+from retriever_service.index.manifest import Manifest
 from retriever_service.index.snapshot import DOCUMENTS_FILE, Snapshot, live_file, prune
 from retriever_service.store.changes import ChangeWriter
 from retriever_service.store.live import LiveStore, LoggedChange
@@ -66,9 +67,11 @@ class LocalCorpus(Corpus):
         self._closing = contextlib.ExitStack()
         self._holds: dict[int, contextlib.ExitStack] = {}
         self._indexes: dict[int, LiveIndex] = {}
+        self._generations: dict[int, Generation] = {}  # the newest last
         self._lock = threading.RLock()
         self._writer: ChangeWriter | None = None
         self._generation: Generation
+        self._index: LiveIndex
         try:
             self._open(requests_kept, take_changes)
         except BaseException:
@@ -93,11 +96,12 @@ class LocalCorpus(Corpus):
     @property
     def pending_changes(self) -> int:
         """Vectors hidden or added since the newest snapshot."""
-        return self._indexes[self._generation.number].pending_changes
+        return self._index.pending_changes
 
-    def is_newest(self) -> bool:
-        """Whether the folder still names the snapshot that this corpus made or opened last."""
-        return Snapshot.open(self.folder).manifest == self._generation.manifest
+    def has_newest_build(self) -> bool:
+        """Whether the folder still names a snapshot of the build that this corpus has open."""
+        manifest, base = Snapshot.open(self.folder).manifest, self._base.manifest
+        return manifest == base or manifest.base_generation == base.generation
 
     def upsert(self, batch: Upsert) -> Upserted:
         """Writes a batch: see Corpus."""
@@ -136,9 +140,9 @@ class LocalCorpus(Corpus):
     def compact(self, progress: Progress, cancelled: threading.Event) -> Generation:
         """Writes, opens and returns a new snapshot: see Corpus."""
         self._checked_writer()
-        if self._root is None or not self.is_newest():
+        if self._root is None or not self.has_newest_build():
             raise CompactionError(
-                f"{self.folder} names another generation than the one that serves: activate that one first"
+                f"{self.folder} names another build than the one that serves: activate that one first"
             )
         try:
             written = write_snapshot(
@@ -146,29 +150,29 @@ class LocalCorpus(Corpus):
                 self._store,
                 self._generation.manifest,
                 self._base.manifest.generation,
-                self._indexes[self._generation.number].settings(),
+                self._index.settings(),
                 progress,
                 cancelled,
                 keep=max(2, self._generations_kept),
             )
             progress("load", 0, 1)
-            generation = self._open_generation(written)
+            return self._open_generation(written)
         except OSError as error:
             raise DiskFullError(f"{self._root}: {error}", retry_after_s=5.0) from error
-        self._generation = generation
-        return generation
 
     def renumber(self, number: int) -> Generation:
-        """Returns the newest generation under a number that no other has, and keeps counting from there."""
-        old = self._generation
+        """Returns the folder's newest generation under a number that no other has, and counts on from there.
+
+        It must be of this build. Raises MissingIndexError, DamagedIndexError.
+        """
+        snapshot = Snapshot.open(self.folder)
+        if snapshot.manifest != self._generation.manifest:
+            # One that was written and never opened, as where a compaction failed behind its last step.
+            return self._open_generation(snapshot, number)
         hold = contextlib.ExitStack()
-        hold.enter_context(Snapshot.open(self.folder).held())
+        hold.enter_context(snapshot.held())
         with self._lock:
-            self._indexes[number] = self._indexes[old.number]
-            self._holds[number] = hold
-            self._offset = number - old.manifest.generation
-            self._generation = Generation(number, old.index, old.store, old.manifest)
-        return self._generation
+            return self._make_newest(number, self._index, snapshot.manifest, hold)
 
     def open_newer(self) -> Generation | None:
         """Opens the snapshot that another process has compacted this corpus into; None where there is none.
@@ -181,8 +185,7 @@ class LocalCorpus(Corpus):
             return None
         # Its rows are of changes that may have begun since this corpus was opened.
         self.follow()
-        self._generation = self._open_generation(snapshot)
-        return self._generation
+        return self._open_generation(snapshot)
 
     def follow(self) -> bool:
         """Shows searches what another process has written since: see Corpus."""
@@ -200,8 +203,11 @@ class LocalCorpus(Corpus):
             return True
 
     def release(self, generation: Generation) -> None:
-        """Forgets a generation: see Corpus."""
+        """Forgets a generation: see Corpus. Where it is the newest, and never came to serve, the one before is."""
         with self._lock:
+            self._generations.pop(generation.number, None)
+            if self._generations and generation.number == self._generation.number:
+                self._go_on_from(next(reversed(self._generations)))
             index = self._indexes.pop(generation.number, None)
             hold = self._holds.pop(generation.number, None)
             is_unused = index not in self._indexes.values()
@@ -221,6 +227,10 @@ class LocalCorpus(Corpus):
             for hold in self._holds.values():
                 hold.close()
             self._indexes.clear()
+            self._generations.clear()
+            with contextlib.suppress(AttributeError):  # nothing was opened
+                # Who keeps a corpus that is closed keeps no index by it.
+                del self._generation, self._index
             self._holds.clear()
             self._closing.close()
 
@@ -249,7 +259,7 @@ class LocalCorpus(Corpus):
             raise DamagedIndexError(
                 base.documents_file, f"{self._store.num_built} documents, not {base.manifest.ntotal}"
             )
-        self._generation = self._open_generation(snapshot)
+        self._open_generation(snapshot)
 
     def _find_changes(self) -> bool:
         """Looks for changes of a build that had none when it was opened; returns whether there are now."""
@@ -264,17 +274,17 @@ class LocalCorpus(Corpus):
 
     def _check_changes(self, file: Path, snapshot: Snapshot, base: Snapshot) -> None:
         """Refuses a changes file that is damaged; unless `verify`, only one that is gone, wholly or at its end."""
-        is_compaction = snapshot.manifest.base_generation is not None
+        sequence = snapshot.manifest.sequence
         if self._verify:
             check_changes(
                 file,
                 base.documents_file,
                 base.manifest.digest(),
                 base.manifest.dimension,
-                snapshot.manifest.sequence if is_compaction else None,
+                sequence,
             )
         else:
-            check_last_change(file, base.documents_file, is_compacted=is_compaction)
+            check_last_change(file, base.documents_file, is_compacted=sequence > 0)
 
     def _refusal(self, take_changes: bool) -> str | None:
         if not take_changes:
@@ -302,8 +312,8 @@ class LocalCorpus(Corpus):
                 return snapshot, base
         raise AssertionError("unreachable")
 
-    def _open_generation(self, snapshot: Snapshot) -> Generation:
-        """Loads a snapshot's index and brings it up to now."""
+    def _open_generation(self, snapshot: Snapshot, number: int | None = None) -> Generation:
+        """Loads a snapshot's index and brings it up to now: the newest generation, under this number or the next."""
         manifest = snapshot.manifest
         hold = contextlib.ExitStack()
         with contextlib.ExitStack() as failed:
@@ -314,7 +324,6 @@ class LocalCorpus(Corpus):
             index = LiveIndex(self._load_index(snapshot.index_file), _rows_of(snapshot))
             failed.callback(index.close)
             _check_fits(index.base, snapshot)
-            number = manifest.generation + self._offset
             with self._lock:
                 shown = self._store.shown if self._indexes else manifest.sequence
                 changes = self._store.changes_after(min(shown, manifest.sequence))
@@ -325,21 +334,48 @@ class LocalCorpus(Corpus):
                 self._catch_up(index, [one for one in changes if one.sequence > manifest.sequence])
                 last = changes[-1].sequence if changes else 0
                 self._store.shown = max(self._store.shown, manifest.sequence, last)
-                self._indexes[number] = index
-                self._holds[number] = hold
+                if number is None:
+                    number = manifest.generation + self._offset
+                generation = self._make_newest(number, index, manifest, hold)
             failed.pop_all()
-        return Generation(number, index, self._store, manifest)
+        return generation
+
+    def _make_newest(
+        self, number: int, index: LiveIndex, manifest: Manifest, hold: contextlib.ExitStack
+    ) -> Generation:
+        self._indexes[number] = index
+        self._holds[number] = hold
+        self._generations[number] = Generation(number, index, self._store, manifest)
+        self._go_on_from(number)
+        return self._generation
+
+    def _go_on_from(self, number: int) -> None:
+        """Makes a generation that is open the newest."""
+        self._generation, self._index = self._generations[number], self._indexes[number]
+        self._offset = number - self._generation.manifest.generation
 
     def _catch_up(self, index: LiveIndex, changes: list[LoggedChange]) -> None:
-        """Applies what is left of the changes once they cancel each other out."""
-        hidden = {change.replaced_row for change in changes if change.replaced_row is not None}
-        written = [change.row for change in changes if change.row is not None and change.row not in hidden]
-        gone = {change.row for change in changes if change.row is not None} & hidden
-        rows = np.asarray(written, np.int64)
-        index.change(sorted(hidden - gone), [], np.empty((0, index.dimension), np.float32))
+        """Applies what is left of the changes once they cancel each other out.
+
+        A new version and the one that it replaces change places at once: a search finds either.
+        """
+        deleted: list[int] = []
+        replaced: dict[int, int | None] = {}  # by the row of what is left to add
+        for change in changes:
+            old = change.replaced_row
+            if old in replaced:
+                old = replaced.pop(old)
+            if change.row is not None:
+                replaced[change.row] = old
+            elif old is not None:
+                deleted.append(old)
+        index.change(deleted, [], np.empty((0, index.dimension), np.float32))
+        written = list(replaced)
         start = 0
-        for vectors in self._store.embeddings_in_chunks(rows, _VECTORS_PER_CHUNK):
-            index.change([], written[start : start + len(vectors)], vectors)
+        for vectors in self._store.embeddings_in_chunks(np.asarray(written, np.int64), _VECTORS_PER_CHUNK):
+            rows = written[start : start + len(vectors)]
+            hidden = [old for old in map(replaced.get, rows) if old is not None]
+            index.change(hidden, rows, vectors)
             start += len(vectors)
 
     def _show(self, changes: list[LoggedChange], embeddings: Float32Array) -> None:

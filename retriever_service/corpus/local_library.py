@@ -48,6 +48,8 @@ class LocalLibrary(CorpusLibrary):
             return Snapshot.open(folder).manifest
         except MissingIndexError as error:
             raise FailedPreconditionError(error.message, reason=error.reason) from error
+        except OSError as error:
+            raise FailedPreconditionError(f"{folder} cannot be read: {error}") from error
 
     def open(
         self,
@@ -59,10 +61,12 @@ class LocalLibrary(CorpusLibrary):
     ) -> tuple[Corpus, Generation]:
         """Opens a folder: see CorpusLibrary."""
         progress("load", 0, 1)
-        for corpus in serving:
-            if isinstance(corpus, LocalCorpus) and corpus.folder.resolve() == folder and corpus.is_newest():
-                return corpus, corpus.renumber(number)
         try:
+            for corpus in serving:
+                if not isinstance(corpus, LocalCorpus) or corpus.folder.resolve() != folder:
+                    continue
+                if corpus.has_newest_build():
+                    return corpus, corpus.renumber(number)
             opened = self._open_corpus(folder, number - Snapshot.open(folder).manifest.generation)
         except MissingIndexError as error:
             raise FailedPreconditionError(error.message, reason=error.reason) from error
@@ -92,7 +96,7 @@ class LocalLibrary(CorpusLibrary):
         for corpus in serving:
             if not isinstance(corpus, LocalCorpus) or corpus.folder.resolve() != folder.resolve():
                 continue
-            if corpus.is_newest():
+            if corpus.has_newest_build():
                 if corpus is serving[-1] and number == current.number:
                     return None
                 corpus.follow()

@@ -67,6 +67,10 @@ class VectorIndex(ABC):
         """Whether `search` can be told which rows it may find."""
         return False
 
+    def living(self, selection: Selection) -> Int64Array:
+        """Returns the rows int64, ascending, of a selection that lists its rows, which a search finds now."""
+        return selection.rows
+
     @property
     def devices(self) -> tuple[str, ...]:
         """Where searches run: "cpu", or GPUs such as "cuda:0"; empty where a cluster searches."""

@@ -74,6 +74,11 @@ class FreshVectors:
         scores = [np.empty((len(questions), 0), np.float32), *(scores for _, scores in found)]
         return np.concatenate(rows, axis=1), np.concatenate(scores, axis=1)
 
+    def living(self, allowed: Int64Array) -> Int64Array:
+        """Returns those of `allowed`, ascending, that can be found, in no order."""
+        found = [block.rows[~block.hidden & _are_in(block.rows, allowed)] for block in self.blocks]
+        return np.concatenate([np.empty(0, np.int64), *found])
+
 
 class FreshSegment:
     """Grows and hides; every change makes a new `now`, and what was taken before stays as it was.

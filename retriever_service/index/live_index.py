@@ -54,6 +54,8 @@ class _State:
 
     visible: _Visible
     fresh: FreshVectors
+    next_row: int
+    """All rows here are before it."""
 
 
 class LiveIndex(IndexOver):
@@ -68,7 +70,8 @@ class LiveIndex(IndexOver):
         self._rows = rows
         self._changing = threading.Lock()
         self._segment = FreshSegment(base.dimension)
-        self._state = _State(_Visible.all_of(base.ntotal), self._segment.now)
+        next_row = base.ntotal if rows is None else int(rows[-1]) + 1
+        self._state = _State(_Visible.all_of(base.ntotal), self._segment.now, next_row)
 
     @property
     def base(self) -> VectorIndex:
@@ -94,7 +97,17 @@ class LiveIndex(IndexOver):
             built = [row for row in hidden_rows if not self._segment.holds(row)]
             places = self._places(np.asarray(built, np.int64))
             visible = self._state.visible.without(places) if len(places) else self._state.visible
-            self._state = _State(visible, self._segment.change(fresh, rows, vectors))
+            next_row = max(self._state.next_row, max(rows, default=-1) + 1)
+            self._state = _State(visible, self._segment.change(fresh, rows, vectors), next_row)
+
+    def living(self, selection: Selection) -> Int64Array:
+        """Returns the rows of a selection that a search finds now: see VectorIndex."""
+        state = self._state
+        allowed = selection.rows_before(state.next_row)
+        places = self._places(allowed)
+        places = places[state.visible.holds(places)]
+        built = places if self._rows is None else self._rows[places]
+        return np.sort(np.concatenate([built, state.fresh.living(allowed)]))
 
     def search(
         self,
@@ -109,11 +122,11 @@ class LiveIndex(IndexOver):
         for the stored embeddings to decide between.
         """
         state = self._state
-        rows, scores = self._search_base(state, vectors, n_docs, parameters, selection)
+        allowed = None if selection is None else selection.rows_before(state.next_row)
+        rows, scores = self._search_base(state, vectors, n_docs, parameters, allowed)
         if not state.fresh.num_living:
             return rows, scores
         questions = np.ascontiguousarray(vectors, dtype=np.float32)
-        allowed = None if selection is None else selection.rows
         fresh_rows, fresh_scores = state.fresh.search(questions, n_docs, self.metric, allowed)
         rows = np.concatenate([rows, fresh_rows], axis=1)
         nearness = np.concatenate([scores, fresh_scores], axis=1)
@@ -132,11 +145,11 @@ class LiveIndex(IndexOver):
         vectors: Float32Array,
         n_docs: int,
         parameters: SearchParameters,
-        selection: Selection | None,
+        allowed: Int64Array | None,
     ) -> tuple[Int64Array, Float32Array]:
         hides = len(state.visible) < self._below.ntotal
-        if selection is not None:
-            places = self._places(selection.rows)
+        if allowed is not None:
+            places = self._places(allowed)
             found = Selection(places[state.visible.holds(places)])
             places, scores = self._below.search(vectors, n_docs, parameters, found)
         elif hides and not self._below.takes_selection:

@@ -19,8 +19,9 @@ from retriever_service.errors import (
 )
 from retriever_service.store.acknowledged import Acknowledged
 from retriever_service.store.filter_indexes import create_filter_indexes, indexed_fields
-from retriever_service.store.live import SCHEMA, LoggedChange, open_live
+from retriever_service.store.live import LoggedChange
 from retriever_service.store.live_check import answer_crc32, content_crc32, damaged_answer, has_column
+from retriever_service.store.live_connection import SCHEMA, open_live
 from retriever_service.store.sqlite import meaning
 from retriever_service.types import Float32Array
 

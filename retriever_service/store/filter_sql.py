@@ -1,6 +1,6 @@
 """A filter as a WHERE clause over SQLite's JSON."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from retriever_service.filters import (
     AllOf,
@@ -16,6 +16,10 @@ from retriever_service.filters import (
 )
 
 _JSON_TYPES = {"text": "('text')", "number": "('integer', 'real')"}
+# SQLite may end a text of JSON at its first NUL. Where a document holds one, NUL and U+0001 are compared as two
+# characters each, which keeps the order of texts. Backslashes go first: an escaped one may stand before u0000.
+_NUL = r"\u0000"
+_SPELLINGS = ((r"\\", r"\u005c"), (r"\u0001", r"\u0001\u0002"), (_NUL, r"\u0001\u0001"))
 _Clause = tuple[str, list[str | int | float]]
 
 
@@ -70,13 +74,56 @@ def _compared(
     if isinstance(values[0], bool):
         wanted = "true" if values[0] else "false"
         return f"coalesce(json_type({column}, ?) = '{wanted}', 0)", [path]
+    texts = [value for value in values if isinstance(value, str)]
+    # To a text without NUL, what SQLite cuts at one compares as the whole does, but for being equal.
+    if texts and (operator not in {"<", ">="} or "\0" in texts[0]):
+        return _compared_whole(field, operator, texts, column, indexed)
     # json_type too: without it, true would equal 1 and a list its own text.
     typed = f"json_type({column}, ?) IN {_JSON_TYPES[str(kind_of(values[0]))]}"
-    marks = f"({','.join('?' * len(values))})" if operator == "IN" else "?"
+    marks = _marks(operator, values)
     if field in indexed:
         return f"({value_of(field, column)} {operator} {marks} AND {typed})", [*values, path]
     clause = f"coalesce({typed} AND json_extract({column}, ?) {operator} {marks}, 0)"
     return clause, [path, path, *values]
+
+
+def _compared_whole(
+    field: str, operator: str, texts: list[str], column: str, indexed: Collection[str]
+) -> _Clause:
+    """Takes what may meet the condition, whether SQLite cuts texts at NUL or not, and of that what does."""
+    path = _path(field)
+    found, path_of_found = f"json_extract({column}, ?)", [path]
+    if field in indexed:
+        found, path_of_found = value_of(field, column), []
+    cut = [text.partition("\0")[0] for text in texts]
+    loosely, near = operator, texts
+    if operator in {"<", "<="}:
+        loosely = "<="
+    elif operator in {">", ">="}:
+        loosely, near = ">=", cut
+    elif cut != texts:
+        loosely, near = "IN", [*texts, *cut]
+    cut_meets, values = f"{found} {operator} {_marks(operator, texts)}", [*path_of_found, *texts]
+    if loosely == operator and cut == texts:
+        cut_meets, values = "1", []
+    whole = column
+    for written, instead in _SPELLINGS:
+        whole = f"replace({whole}, '{written}', '{instead}')"
+    clause = (
+        f"{found} {loosely} {_marks(loosely, near)} AND json_type({column}, ?) IN {_JSON_TYPES['text']}"
+        f" AND CASE WHEN instr({column}, '{_NUL}')"
+        f" THEN json_extract({whole}, ?) {operator} {_marks(operator, texts)} ELSE {cut_meets} END"
+    )
+    clause = f"({clause})" if field in indexed else f"CASE WHEN {clause} THEN 1 ELSE 0 END"
+    return clause, [*path_of_found, *near, path, path, *map(_spelled, texts), *values]
+
+
+def _marks(operator: str, values: Sequence[Value]) -> str:
+    return f"({','.join('?' * len(values))})" if operator == "IN" else "?"
+
+
+def _spelled(text: str) -> str:
+    return text.replace("\1", "\1\2").replace("\0", "\1\1")
 
 
 def _member(field: str, values: tuple[Value, ...], column: str, indexed: Collection[str]) -> _Clause:

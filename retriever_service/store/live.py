@@ -6,6 +6,7 @@ that are hidden by them, a log of all changes with a sequence that only grows, a
 files together are the truth that every index is derived from.
 """
 
+import contextlib
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,9 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from retriever_service.errors import is_full
+from retriever_service.errors import DamagedIndexError, UnreadableChangesError
+from retriever_service.filters import Filter
+from retriever_service.store.filter_sql import where_clause
+from retriever_service.store.live_connection import LiveConnection, open_live
+from retriever_service.store.matching_rows import MatchingRows
 from retriever_service.store.sqlite import SqliteStore
-from retriever_service.types import Document, Float32Array, Int64Array
+from retriever_service.types import Document, Float32Array, Int64Array, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +81,7 @@ class LiveStore(SqliteStore):
     def next_row(self) -> int:
         """The first row that no document has had: see DocumentStore."""
         with self._reading() as connection:
-            query = "SELECT coalesce(max(row) + 1, ?) FROM main.documents"
-            return int(connection.execute(query, (self.num_built,)).fetchone()[0])
+            return int(connection.execute(_NEXT_ROW, (self.num_built,)).fetchone()[0])
 
     def rows_between(self, first: int, stop: int) -> Int64Array:
         """Returns the rows of the documents among these rows: see DocumentStore. Reads no document."""
@@ -104,6 +108,40 @@ class LiveStore(SqliteStore):
             finally:
                 connection.execute("COMMIT")
         return sequence, np.sort(rows)
+
+    def select(self, condition: Filter) -> Selection:
+        """Returns the rows that meet the condition, of all that a search may still find: see DocumentStore.
+
+        That is the documents' and those that later changes than the last one shown replaced: indexes may not have
+        seen these yet.
+        """
+        clause, parameters = where_clause(condition, "metadata", self.indexed_fields)
+        unindexed, values = where_clause(condition, "metadata")
+        documents = f"SELECT row FROM documents WHERE {clause}"  # noqa: S608  (values are parameters)
+        replaced = (
+            f"SELECT row FROM versions WHERE {unindexed}"  # noqa: S608  (as above)
+            " AND row IN (SELECT replaced_row FROM main.changes WHERE sequence > ?)"
+        )
+        shown = self.shown  # first: no index goes back
+        with self._reading() as connection:
+            connection.execute("BEGIN")
+            try:
+                next_row = int(connection.execute(_NEXT_ROW, (self.num_built,)).fetchone()[0])
+                rows = np.concatenate(
+                    [
+                        _rows(connection.execute(documents, parameters)),
+                        _rows(connection.execute(replaced, [*values, shown])),
+                    ]
+                )
+            finally:
+                connection.execute("COMMIT")
+
+        def written_between(first: int, stop: int) -> Int64Array:
+            query = f"SELECT row FROM main.documents WHERE row >= ? AND row < ? AND {unindexed} ORDER BY row"  # noqa: S608
+            with self._reading() as connection:
+                return _rows(connection.execute(query, [first, stop, *values]))
+
+        return MatchingRows(np.sort(rows), next_row, written_between)
 
     def changes_after(self, sequence: int) -> list[LoggedChange]:
         """Returns the changes behind that number, in their order."""
@@ -134,80 +172,35 @@ class LiveStore(SqliteStore):
             query = f"SELECT coalesce(max(row), -1) + 1 FROM base.{table}"  # noqa: S608  (ours)
             return int(connection.execute(query).fetchone()[0])
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> LiveConnection:
         connection = open_live(self._changes_file, self._file)
         connection.execute("PRAGMA query_only=ON")
         return connection
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        if self._is_outdated():
+            del self._local.opened
+        damage = None
+        try:
+            with super()._reading() as connection:
+                yield connection
+        except DamagedIndexError as error:
+            damage = error
+        if self._is_outdated():
+            what = "was written to while it was read: ask again"
+            raise UnreadableChangesError(self._blamed, what) from damage
+        if damage is not None:
+            raise damage
 
-def open_live(changes_file: Path | None, base_file: Path) -> sqlite3.Connection:
-    """Opens the changes as `main`, the build as `base`, and both as one in the views that reading names."""
-    if changes_file is None:
-        uri = ":memory:"
-    elif changes_file.exists() and not _is_writable(changes_file.parent):
-        uri = f"{changes_file.absolute().as_uri()}?immutable=1"  # nobody can be writing
-    else:
-        uri = f"{changes_file.absolute().as_uri()}?mode=rw"
-    connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None, timeout=30)
-    connection.execute("ATTACH ? AS base", (f"{base_file.absolute().as_uri()}?mode=ro&immutable=1",))
-    if changes_file is None:
-        connection.executescript(SCHEMA)
-    connection.executescript(_VIEWS)
-    return connection
+    def _is_outdated(self) -> bool:
+        opened = getattr(self._local, "opened", None)
+        return opened is not None and opened.connection.is_outdated
 
 
-def _is_writable(folder: Path) -> bool:
-    try:
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)
-    except OSError as error:
-        # A full disk can be written to, and is: only what nobody writes may be read as if it never changed.
-        return is_full(error)
-    return True
+def _rows(found: sqlite3.Cursor) -> Int64Array:
+    return np.fromiter((row for (row,) in found), dtype=np.int64)
 
 
 _LAST_SEQUENCE = "SELECT coalesce(max(sequence), 0) FROM main.changes"
-
-SCHEMA = """
-BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS main.documents (
-    row INTEGER PRIMARY KEY,
-    key TEXT NOT NULL,
-    title TEXT NOT NULL,
-    text TEXT NOT NULL,
-    metadata TEXT,
-    is_current INTEGER NOT NULL
-) STRICT;
-CREATE UNIQUE INDEX IF NOT EXISTS main.current_keys ON documents (key) WHERE is_current = 1;
-CREATE TABLE IF NOT EXISTS main.embeddings (row INTEGER PRIMARY KEY, embedding BLOB NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS main.checksums (row INTEGER PRIMARY KEY, crc32 INTEGER NOT NULL) STRICT;
-CREATE TABLE IF NOT EXISTS main.hidden (row INTEGER PRIMARY KEY) STRICT;
-CREATE TABLE IF NOT EXISTS main.changes (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
-    key TEXT NOT NULL,
-    row INTEGER,
-    replaced_row INTEGER
-) STRICT;
-CREATE TABLE IF NOT EXISTS main.requests (
-    number INTEGER PRIMARY KEY AUTOINCREMENT,
-    request_id TEXT NOT NULL UNIQUE,
-    digest TEXT NOT NULL,
-    response TEXT NOT NULL,
-    crc32 INTEGER
-) STRICT;
-CREATE TABLE IF NOT EXISTS main.facts (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-COMMIT;
-"""
-
-_VIEWS = """
-CREATE TEMP VIEW versions AS
-    SELECT row, key, title, text, metadata FROM base.documents
-    UNION ALL SELECT row, key, title, text, metadata FROM main.documents;
-CREATE TEMP VIEW documents AS
-    SELECT row, key, title, text, metadata FROM base.documents AS built
-        WHERE NOT EXISTS (SELECT 1 FROM main.hidden WHERE hidden.row = built.row)
-    UNION ALL SELECT row, key, title, text, metadata FROM main.documents WHERE is_current = 1;
-CREATE TEMP VIEW embeddings AS
-    SELECT row, embedding FROM base.embeddings UNION ALL SELECT row, embedding FROM main.embeddings;
-"""
+_NEXT_ROW = "SELECT coalesce(max(row) + 1, ?) FROM main.documents"

@@ -3,6 +3,7 @@
 import contextlib
 import sqlite3
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,18 @@ _CHANGE_COUNTERS = (24, 92)
 EMBEDDING_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 
+class _ThreadConnection:
+    """A thread's connection: closed when the thread has ended, for nothing else refers to this then."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def __del__(self) -> None:
+        self.connection.close()
+
+
 class SqliteStore(DocumentStore):
-    """Reads a finished store: one read-only connection for each thread, opened as threads come."""
+    """Reads a finished store: one read-only connection for each thread, as long as the thread lives."""
 
     _schema = "main"
     """What a connection calls the file."""
@@ -38,7 +49,7 @@ class SqliteStore(DocumentStore):
         self._blamed = file
         self._dimension = dimension
         self._local = threading.local()
-        self._connections: list[sqlite3.Connection] = []
+        self._connections: weakref.WeakSet[_ThreadConnection] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._num_documents = self._count("documents")
         num_embeddings = self._count("embeddings")
@@ -118,8 +129,8 @@ class SqliteStore(DocumentStore):
     def close(self) -> None:
         """Closes the connections of all threads."""
         with self._lock:
-            for connection in self._connections:
-                connection.close()
+            for opened in self._connections:
+                opened.connection.close()
             self._connections.clear()
 
     def _select(self, query: str, values: Sequence[int] | Sequence[str]) -> Iterator[Any]:
@@ -145,13 +156,14 @@ class SqliteStore(DocumentStore):
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         try:
-            connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-            if connection is None:
-                connection = self._connect()
-                self._local.connection = connection
+            # Held here too, lest a store that turns to other files closes it under this read.
+            opened: _ThreadConnection | None = getattr(self._local, "opened", None)
+            if opened is None:
+                opened = _ThreadConnection(self._connect())
+                self._local.opened = opened
                 with self._lock:
-                    self._connections.append(connection)
-            yield connection
+                    self._connections.add(opened)
+            yield opened.connection
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             if isinstance(error, sqlite3.DatabaseError):
                 raise meaning(error, self._blamed, "read") from error

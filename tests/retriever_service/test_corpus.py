@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import shutil
 import sqlite3
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 from rag_serving.errors import AbortedError, CancelledByCallerError
 from rag_serving.metrics import Metrics
+from retriever_service.corpus import local
 from retriever_service.corpus.base import Corpus, Delete, NewDocument, Upsert
 from retriever_service.errors import (
     CompactionError,
@@ -25,8 +27,12 @@ from retriever_service.errors import (
     ReadOnlyError,
     RequestIdReusedError,
 )
+from retriever_service.filters import Equal
+from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.manifest import Embedding
+from retriever_service.index.snapshot import Snapshot
 from retriever_service.metrics import RetrieverMetrics
+from retriever_service.milvus.index import Matching
 from retriever_service.recall_sampler import RecallSampler
 from retriever_service.types import SearchParameters, Selection
 from tests.retriever_service.tiny_models import make_documents
@@ -222,6 +228,73 @@ def test_a_compaction_never_overrides_a_newer_build(
 
 
 @pytest.mark.parametrize("backend", ["local"], indirect=True)
+@pytest.mark.parametrize("step", ["renumber", "compact"])
+def test_a_generation_given_up_leaves_the_one_before_as_the_newest(
+    opened: Opened, folder: Path, step: str
+) -> None:
+    """Its number was named on, with no index behind it, and later ones were counted from it."""
+    with opened(folder) as corpus:
+        upsert(corpus, "fresh", seed=3)
+        before = corpus.generation
+        compact = functools.partial(corpus.compact, lambda *_: None, threading.Event())
+        given_up = corpus.renumber(7) if step == "renumber" else compact()
+        corpus.release(given_up)
+        assert corpus.generation == before
+        assert corpus.pending_changes == 1
+        upsert(corpus, "later", seed=4)
+        assert [found(corpus, vector(seed) * 10)[0] for seed in (3, 4)] == ["fresh", "later"]
+        assert compact().number == (2 if step == "renumber" else 3)
+        assert corpus.pending_changes == 0
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_a_reader_that_gave_a_generation_up_opens_it_again(opened: Opened, folder: Path) -> None:
+    with opened(folder) as writer, contextlib.ExitStack() as stack:
+        reader = stack.enter_context(opened(folder, take_changes=False))
+        upsert(writer, "fresh", seed=3)
+        writer.compact(lambda *_: None, threading.Event())
+        reader.release(reader.open_newer())
+        assert (reader.generation.number, reader.pending_changes) == (1, 1)
+        assert reader.open_newer().number == 2
+        assert reader.pending_changes == 0
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+def test_what_was_published_and_could_not_be_opened_stops_no_compaction_and_no_activation(
+    opened: Opened, folder: Path
+) -> None:
+    """CURRENT named another generation than the one that served, until the folder was activated: as a second corpus."""
+    fails = False
+
+    def load_index(file: Path) -> FaissIndex:
+        if fails:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return FaissIndex.load(file)
+
+    with opened(folder, load_index=load_index) as corpus:
+        before = corpus.generation
+        for number in (3, 4):
+            upsert(corpus, "fresh", seed=number)
+            fails = True
+            with pytest.raises(DiskFullError):
+                corpus.compact(lambda *_: None, threading.Event())
+            fails = False
+            assert Snapshot.open(folder).manifest.generation == (2 if number == 3 else 4)
+            assert corpus.has_newest_build()
+            if number == 3:
+                assert corpus.compact(lambda *_: None, threading.Event()).number == 3
+            else:
+                activated = corpus.renumber(9)
+                assert (activated.number, activated.manifest.generation) == (9, 4)
+            delete(corpus, "fresh")
+            for one in (before, corpus.generation):
+                rows = one.index.search(vector(number)[None] * 10, 1, KNOBS)[0][0].tolist()
+                assert one.store.documents_by_row(rows)[rows[0]].key != "fresh"
+        upsert(corpus, "last")
+        assert corpus.compact(lambda *_: None, threading.Event()).number == 10
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
 def test_two_builds_leave_the_generation_that_serves(
     opened: Opened, folder: Path, corpus: Path, build_corpus: Build
 ) -> None:
@@ -313,6 +386,71 @@ def test_selections_reach_the_snapshot_and_the_fresh_documents(opened: Opened, f
         corpus.compact(lambda *_: None, threading.Event())
         delete(corpus, "fresh")
         assert set(found(corpus, vector(7), 80, Selection(rows))) == keys - {"fresh"}
+
+
+def test_selection_finds_either_version_of_a_document_that_is_overwritten_around_it(
+    opened: Opened, folder: Path
+) -> None:
+    """Evaluated beside the index, it held the version that the index did not show yet, or showed no more."""
+    with opened(folder) as writer, contextlib.ExitStack() as stack:
+        corpora = [writer, stack.enter_context(opened(folder, take_changes=False))]
+
+        def found_once(selections: list[Selection]) -> None:
+            for corpus, selection in zip(corpora, selections, strict=True):
+                index, store = corpus.generation.index, corpus.generation.store
+                rows = index.search(vector(4)[None], 60, KNOBS, selection)[0][0]
+                rows = rows[rows >= 0]
+                documents = store.documents_by_row(rows.tolist(), replaced=True).values()
+                assert [document.key for document in documents] == ["k"]
+                if not isinstance(selection, Matching):
+                    np.testing.assert_array_equal(index.living(selection), rows)
+
+        upsert(writer, "k", seed=4)
+        corpora[1].follow()
+        for _ in range(3):
+            upsert(writer, "k", seed=4)
+            selections = [corpus.generation.store.select(Equal("new", True)) for corpus in corpora]
+            found_once(selections)
+            upsert(writer, "k", seed=4)
+            found_once(selections)
+            corpora[1].follow()
+            found_once(selections)
+        delete(writer, "k")
+        corpora[1].follow()
+        for corpus, selection in zip(corpora, selections, strict=True):
+            assert found(corpus, vector(4), 60, selection) == []
+
+
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+@pytest.mark.parametrize("vectors_per_chunk", [2, 100])
+def test_a_reader_that_follows_finds_the_old_or_the_new_version_at_any_moment(
+    opened: Opened, folder: Path, monkeypatch: pytest.MonkeyPatch, vectors_per_chunk: int
+) -> None:
+    """It hid all that was replaced before it read, and added, the first new version."""
+    monkeypatch.setattr(local, "_VECTORS_PER_CHUNK", vectors_per_chunk)
+    keys = [one["key"] for one in DOCUMENTS[:5]]
+    seen: list[list[str]] = []
+    with opened(folder) as writer, contextlib.ExitStack() as stack:
+        holder = stack.enter_context(opened(folder, take_changes=False))
+        index, store = holder.generation.index, holder.generation.store
+        change = index.change
+
+        def change_and_look(*changes: Any) -> None:
+            change(*changes)
+            rows = index.search(vector(0)[None], 80, KNOBS)[0][0].tolist()
+            documents = store.documents_by_row(rows, replaced=True)
+            seen.append(sorted(documents[row].key for row in rows if row in documents))
+
+        upsert(writer, *keys, "new", seed=1)
+        upsert(writer, *keys, "newer", seed=2)
+        delete(writer, "new", DOCUMENTS[9]["key"])
+        monkeypatch.setattr(index, "change", change_and_look)
+        assert holder.follow()
+    lasting = {one["key"] for one in DOCUMENTS} - {DOCUMENTS[9]["key"]}
+    for found_then in seen:
+        assert len(found_then) == len(set(found_then))
+        assert lasting <= set(found_then)
+    assert set(seen[-1]) == lasting | {"newer"}
 
 
 def test_many_hidden_fresh_documents_hide_none_that_lives(opened: Opened, folder: Path) -> None:

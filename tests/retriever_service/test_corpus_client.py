@@ -118,5 +118,8 @@ def test_what_cannot_be_sent_is_refused_before() -> None:
     documents, embeddings = some(3)
     with pytest.raises(ValueError, match=r"\[3, dim\]"):
         upsert_batches(documents, embeddings[:2], "r", 2, create_only=False)
+    for given in (np.full((3, 2), "1"), np.ones((3, 2), np.bool_)):
+        with pytest.raises(ValueError, match="embeddings must be numbers"):
+            upsert_batches(documents, given, "r", 2, create_only=False)
     with pytest.raises(ValueError, match="batch_size"):
         upsert_batches(documents, None, "r", 0, create_only=False)

@@ -80,7 +80,7 @@ async def test_documents_are_upserted_listed_read_and_deleted(
         assert result.stderr == "not there: nobody, row 999\n"
 
         keys = tmp_path / "keys"
-        keys.write_text("new-1\r\nnew-2\n\n")
+        keys.write_text("\ufeffnew-1\r\nnew-2\n\n")
         gone = await told("documents", "delete", "new-0", "new-1", "nobody", "--file", str(keys))
         assert (gone["deleted"], gone["missing_keys"]) == (3, ["nobody"])
         result = await rag("documents", "delete", "new-3", "nobody")
@@ -143,6 +143,34 @@ async def test_what_is_refused_says_what_was_written_and_how_to_go_on(
         bare = as_jsonl([{"key": "a", "text": "b"}])
         result = await rag("documents", "upsert", "-", given=bare)
         assert result.stderr.startswith("rag: FAILED_PRECONDITION: embeddings: give them")
+
+
+async def test_document_that_the_service_refuses_is_named_by_its_line(
+    serve_retriever: Serve, folder: Path, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`documents[1]` of a batch that nobody has seen helps nobody to find the line."""
+    documents = lines(6)
+    documents[4]["embedding"] = [0.0] * DIM
+    documents[5]["key"] = documents[4]["key"]
+    file = write_jsonl(tmp_path / "new.jsonl", documents)
+    async with served(serve_retriever, monkeypatch, folder, port):
+        result = await rag("documents", "upsert", str(file), "--batch-size", "3")
+        assert (result.exit_code, result.stderr.splitlines()[0]) == (
+            1,
+            f"rag: {file}, line 6: key: is {file}, line 5's already, got 'new-4'",
+        )
+        write_jsonl(file, documents[:5])
+        result = await rag("documents", "upsert", str(file), "--batch-size", "3")
+        assert result.stderr.startswith(f"rag: {file}, line 5: embedding: is zero")
+
+
+async def test_integer_that_no_message_can_hold_is_refused_by_the_client(
+    serve_retriever: Serve, folder: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = as_jsonl([lines(1)[0] | {"metadata": {"n": 10**400}}])
+    async with served(serve_retriever, monkeypatch, folder, port):
+        result = await rag("documents", "upsert", "-", given=huge)
+        assert (result.exit_code, result.stderr[:46]) == (2, "rag: the metadata of 'new-0' cannot be sent: i")
 
 
 async def test_an_index_is_compacted_and_switched(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from google.protobuf import struct_pb2
 
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag_client.filters import metadata_filter
+from retriever_service.corpus.base import Page
+from retriever_service.corpus.local_library import LocalLibrary
+from retriever_service.corpus_wire import ChangeLimits, page_response
+from retriever_service.filters import Filter
 from retriever_service.maintenance import Maintenance
+from retriever_service.milvus.library import MilvusLibrary
+from retriever_service.types import Document, Selection
 from tests.retriever_service.servicer_calls import DIM, array, request, tensor, violated_fields
 from tests.retriever_service.tiny_models import make_documents, write_jsonl
 
@@ -99,6 +106,25 @@ async def test_a_stream_of_batches_is_acknowledged_batch_by_batch(
         row = retriever_service_pb2.GetDocumentsRequest(rows=[60, again[0].rows[0]])
         read = await stub.GetDocuments(row)
         assert (list(read.missing_rows), read.documents[0].key) == ([60], "a")
+
+
+@pytest.mark.parametrize("max_exact_rows", [0, 1000])
+async def test_filter_finds_a_document_that_is_overwritten_while_it_is_evaluated(
+    serve_retriever: Serve, folder: Path, monkeypatch: pytest.MonkeyPatch, max_exact_rows: int
+) -> None:
+    """The search found neither version: the filter's rows were the old one's, and the index showed the new one."""
+    async with serve_retriever(index_folder=folder, max_exact_rows=max_exact_rows) as (retriever, stub, _):
+        await upsert(stub, batch("k", seed=3))
+        select, loop = retriever.store.select, asyncio.get_running_loop()
+
+        def overtaken(condition: Filter) -> Selection:
+            selection: Selection = select(condition)
+            asyncio.run_coroutine_threadsafe(upsert(stub, batch("k", seed=3)), loop).result(30)
+            return selection
+
+        monkeypatch.setattr(retriever.store, "select", overtaken)
+        everything = metadata_filter({"no": {"$ne": 1}})
+        assert (await keys_found(stub, 3, filter=everything)).count("k") == 1
 
 
 async def test_what_is_deleted_is_found_no_more_and_listing_shows_the_rest(
@@ -306,6 +332,105 @@ async def test_activation_swaps_refuses_what_does_not_fit_and_goes_back(
         assert forced.response.dimension == 8
 
 
+async def test_operations_are_answered_once_what_they_made_has_gone(
+    serve_retriever: Serve, folder: Path, other: Path, tmp_path: Path, build_corpus: Build
+) -> None:
+    """The answer was read from the corpus, which was closed."""
+    build_corpus(write_jsonl(tmp_path / "t.jsonl", make_documents(10, DIM)), tmp_path / "third")
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        await upsert(stub, batch("fresh"))
+        compacted = await compact(stub)
+        await upsert(stub, batch("later"))
+        swaps = [await activate(stub, name) for name in (other.name, "third")]
+        await asyncio.sleep(0.2)
+        listed = await stub.ListOperations(retriever_service_pb2.ListOperationsRequest())
+        assert list(listed.operations) == [*reversed(swaps), compacted]
+        assert (compacted.response.ntotal, list(compacted.response.generations)) == (61, [1, 2])
+
+
+async def test_folders_that_can_be_none_are_refused_by_field(
+    serve_retriever: Serve, folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        for name in ("\0", "B\0", "x" * 300, "x/" * 5000, "loop", "loop/x", "index/../../x"):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await activate(stub, name)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, name
+            assert violated_fields(caught.value) == ["index_folder"]
+        for name in ("index/CURRENT", "index/CURRENT/x"):
+            assert (await activate(stub, name)).error.reason == "INDEX_MISSING"
+
+
+async def test_those_who_call_while_a_folder_is_loaded_are_heard(
+    serve_retriever: Serve,
+    folder: Path,
+    tmp_path: Path,
+    build_corpus: Build,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only those who had called before counted: a generator that had just been told that all fits was refused."""
+    build_corpus(write_jsonl(tmp_path / "w.jsonl", make_documents(20, 8)), tmp_path / "wrong")
+    library = LocalLibrary if backend == "local" else MilvusLibrary
+    opens = library.open
+    loading, called = threading.Event(), threading.Event()
+
+    def open_slowly(*arguments: Any) -> Any:
+        opened = opens(*arguments)
+        loading.set()
+        assert called.wait(60)
+        return opened
+
+    expected = retriever_service_pb2.GetIndexRequest(expectation=document_pb2.Expectation(dimension=DIM))
+    async with serve_retriever(index_folder=folder) as (_, stub, _):
+        monkeypatch.setattr(library, "open", open_slowly)
+        for ignored in (False, True):
+            asked = retriever_service_pb2.ActivateIndexRequest(index_folder="wrong", ignore_callers=ignored)
+            begun = await stub.ActivateIndex(asked)
+            assert await asyncio.to_thread(loading.wait, 60)
+            await stub.GetIndex(expected)
+            called.set()
+            operation = await ended(stub, begun.operation)
+            assert operation.error.reason == ("" if ignored else "EXPECTATION_MISMATCH")
+            assert operation.response.dimension == (8 if ignored else 0)
+            loading.clear()
+            called.clear()
+
+
+async def test_answers_hold_as_many_documents_as_a_message(serve_retriever: Serve, folder: Path) -> None:
+    """What was asked for was read, put together, and then refused by gRPC as too large to be sent."""
+    keys = [f"large-{place:02d}" for place in range(9)]
+    texts = {key: "x" * (2000 if place < 8 else 6000) for place, key in enumerate(keys)}
+    async with serve_retriever(index_folder=folder, max_message_bytes=8192) as (_, stub, _):
+        for place, key in enumerate(keys):
+            await upsert(stub, batch(key, seed=place, documents=[odd(key=key, text=texts[key])]))
+        listed: list[str] = []
+        token, largest = "", 0
+        while not listed or token:
+            page = await stub.ListDocuments(retriever_service_pb2.ListDocumentsRequest(page_token=token))
+            listed += [document.key for document in page.documents]
+            largest = max(largest, page.ByteSize())
+            token = page.next_page_token
+        assert listed == sorted([*keys, *(document["key"] for document in make_documents(60, DIM))])
+        assert 6000 < largest <= 8192
+        with pytest.raises(grpc.aio.AioRpcError, match="ask for 4, which fit") as caught:
+            await stub.GetDocuments(retriever_service_pb2.GetDocumentsRequest(keys=["none", *keys]))
+        assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert violated_fields(caught.value) == ["keys"]
+        fits = retriever_service_pb2.GetDocumentsRequest(keys=["none", *keys[:4]])
+        read = await stub.GetDocuments(fits)
+        assert [document.key for document in read.documents] == keys[:4]
+        assert list(read.missing_keys) == ["none"]
+
+
+def test_page_has_one_document_however_large() -> None:
+    documents = [Document(row, f"k{row}", "", "x" * 5000, None, "") for row in range(2)]
+    page = page_response(Page(documents, more=False), 2, ChangeLimits(max_message_bytes=4096))
+    assert [document.key for document in page.documents] == ["k0"]
+    assert page.next_page_token
+
+
 async def test_activation_swaps_under_load_and_no_answer_is_of_two_corpora(
     serve_retriever: Serve, folder: Path, tmp_path: Path, build_corpus: Build
 ) -> None:
@@ -328,10 +453,9 @@ async def test_activation_swaps_under_load_and_no_answer_is_of_two_corpora(
 
         load = [asyncio.create_task(search()) for _ in range(4)]
         for number in range(2, 7):
-            answered = len(seen)
             swapped = await activate(stub, "renamed" if number % 2 == 0 else "index")
             assert swapped.response.generation == number
-            while len(seen) == answered and not any(one.done() for one in load):  # noqa: ASYNC110  (as `ended`)
+            while number not in seen and not any(one.done() for one in load):  # noqa: ASYNC110  (as `ended`)
                 await asyncio.sleep(0.01)
         stop.set()
         await asyncio.gather(*load)

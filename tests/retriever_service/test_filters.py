@@ -38,9 +38,14 @@ METADATA += [
     {"year": 2**62},
     {"language": "zß中\U0001f600"},
 ]
+NULS: list[dict[str, Any]] = [
+    {"language": text, "year": 1990}
+    for text in ("e", "e\0", "e\0n", "e\1", "e\1\0", "e\0\1", "\0", "e\\u0000", "e\\\0")
+]
+METADATA += NULS
 
 scalars = st.one_of(
-    st.sampled_from(["en", "de", "1", "source 2", "zß中\U0001f600", "q\"uo'te % _"]),
+    st.sampled_from(["en", "de", "1", "source 2", "zß中\U0001f600", "q\"uo'te % _", "e", "e\0", "e\0n"]),
     st.sampled_from([0, 1, 1990, 2000, 2**62, -(2**63), 1.0, 1.5, 2.25, 1e300]),
     st.booleans(),
 )
@@ -48,7 +53,7 @@ fields = st.sampled_from(
     ["language", "year", "weight", "open", "source.name", "source", "mixed", "no", "year.no"]
 )
 numbers = st.sampled_from([0, 1, 1995, 2000.5, 2**62, 3.5])
-texts = st.sampled_from(["", "de", "en", "source 3", "中"])
+texts = st.sampled_from(["", "de", "en", "source 3", "中", "e", "e\0", "e\0n", "e\1"])
 bounds = st.one_of(
     *(
         st.fixed_dictionaries({}, optional=dict.fromkeys(("gt", "gte", "lt", "lte"), values)).filter(bool)
@@ -149,6 +154,18 @@ def test_negation_holds_for_documents_that_lack_the_field(store: SqliteStore) ->
     assert len(store.rows_where(Not(Equal("year", 1990)))) == lacking
 
 
+@pytest.mark.parametrize("text", [one["language"] for one in NULS])
+def test_texts_with_nul_are_compared_whole(store: SqliteStore, milvus_store: MilvusStore, text: str) -> None:
+    """SQLite ended them at their NUL: "e\\0n" was found as "e", and not as itself."""
+    conditions: list[Filter] = [Equal("language", text), OneOf("language", (text, "en"))]
+    conditions += [Range("language", **{bound: text}) for bound in ("gt", "gte", "lt", "lte")]
+    for condition in conditions:
+        meant = [row for row, metadata in enumerate(METADATA) if matches(condition, metadata or {})]
+        assert store.rows_where(condition).tolist() == meant
+        assert store.rows_where(Not(condition)).tolist() == sorted({*range(len(METADATA))} - {*meant})
+        assert milvus_store.rows_where(condition).tolist() == meant
+
+
 def value(given: Any) -> filter_pb2.Value:
     return metadata_filter({"x": given}).equal.value
 
@@ -243,6 +260,15 @@ def test_mapping_of_the_client_is_the_filter_of_the_service(given: dict[str, Any
 def test_mapping_that_is_no_filter_is_refused_by_the_client(given: Any) -> None:
     with pytest.raises((TypeError, ValueError)):
         metadata_filter(given)
+
+
+@pytest.mark.parametrize("operator", ["$in", "$nin"])
+@pytest.mark.parametrize("given", ["1911", b"1911", {"a": 1}, 5, None])
+def test_values_that_are_no_list_are_refused_by_field(operator: str, given: Any) -> None:
+    """A string was taken for the list of its letters, which nothing matches."""
+    with pytest.raises(TypeError, match=rf"year: \{operator} takes a list of values, got "):
+        metadata_filter({"year": {operator: given}})
+    assert metadata_filter({"year": {operator: {1911}}}) == metadata_filter({"year": {operator: [1911]}})
 
 
 def test_a_filter_that_no_message_can_hold_is_a_value_error() -> None:

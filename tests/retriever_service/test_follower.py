@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
-from rag_serving.errors import RagError
+from rag_serving.errors import RagError, UnavailableError
 from rag_serving.metrics import Metrics
 from retriever_service.config import RetrieverSettings
 from retriever_service.corpus import lock
 from retriever_service.errors import ReadOnlyError
+from retriever_service.filters import Equal, Not
 from retriever_service.main import Serving, load, make_serving
 from retriever_service.metrics import RetrieverMetrics
-from retriever_service.types import SearchParameters
+from retriever_service.types import Query, SearchParameters
 from tests.retriever_service.servicer_calls import DIM, tensor
 from tests.retriever_service.tiny_models import make_documents, write_jsonl
 
@@ -135,6 +136,70 @@ async def test_activation_is_followed_there_and_back_under_the_same_numbers(
         assert current(reader) == await generation_of(stub)
     async with reading(folder, checkpoint) as started_later:
         assert current(started_later)[1] == str(other_folder)
+
+
+@pytest.mark.parametrize("max_exact_rows", [0, 1000])
+async def test_filters_find_the_old_version_until_the_new_one_is_seen(
+    serve_retriever: Serve, folder: Path, checkpoint: Path, max_exact_rows: int
+) -> None:
+    """SQLite had the new version before the index did: neither was found until the reader looked again."""
+    async with (
+        serve_retriever(index_folder=folder) as (_, stub, _),
+        reading(folder, checkpoint, max_exact_rows=max_exact_rows) as reader,
+    ):
+        served = reader.generations.current
+        everything = Not(Equal("no", 1))
+        asked = Query(vector(4) * 10, 1, 0, skip_contexts=True, filter=everything)
+        await upsert(stub, "k", seed=4)
+        served.corpus.follow()
+        rows = []
+        for _ in range(3):
+            await upsert(stub, "k", seed=4)
+            for _ in range(2):
+                answer = await served.retriever.retrieve(asked)
+                assert [document.key for document in answer.documents[0] if document] == ["k"]
+                rows.append(int(answer.rows[0, 0]))
+                served.corpus.follow()
+        assert rows == [60, 61, 61, 62, 62, 63]
+
+
+async def test_folder_that_still_serves_is_followed_back_to_once(
+    serve_retriever: Serve, folder: Path, other_folder: Path, checkpoint: Path
+) -> None:
+    """The current corpus was not the last of those that serve: it was taken for newly activated at every look."""
+    kept = {"generations_kept": 3}
+    async with (
+        serve_retriever(index_folder=folder, **kept) as (_, stub, _),
+        reading(folder, checkpoint, **kept) as reader,
+    ):
+        for path in (other_folder, folder):
+            await activate(stub, path)
+            for _ in range(2):
+                await reader.follower.catch_up()
+            assert reader.generations.corpora[-1] is reader.generations.current.corpus
+        assert reader.generations.numbers == [1, 2, 3]
+        await compact(stub)
+        await reader.follower.catch_up()
+        assert reader.generations.numbers == [2, 3, 4]
+
+
+async def test_snapshot_that_does_not_warm_up_is_tried_again(
+    serve_retriever: Serve, folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was counted as opened: the reader stayed where it was, and could not say what it served."""
+
+    async def fail(_: Any) -> None:
+        raise UnavailableError("no room")
+
+    async with serve_retriever(index_folder=folder) as (_, stub, _), reading(folder, checkpoint) as reader:
+        await compact(stub)
+        with monkeypatch.context() as patched:
+            patched.setattr(reader.follower, "_warm_up", fail)
+            with pytest.raises(UnavailableError):
+                await reader.follower.catch_up()
+        assert reader.generations.describe(reader.generations.current).number == 1
+        await reader.follower.catch_up()
+        assert reader.generations.numbers == [1, 2]
 
 
 async def test_build_into_the_folder_is_followed_once_it_is_activated(

@@ -63,6 +63,7 @@ def test_any_changes_find_what_an_exact_search_of_what_is_left_finds(metric: Met
         allowed = np.asarray([row for row in then if row % 3 == 0], np.int64)
         few = {row: then[row] for row in allowed.tolist()}
         assert best(now, questions, 5, metric, allowed) == expected(few, questions, 5, metric)
+        assert sorted(now.living(np.asarray([1, *allowed, 10**6]))) == sorted(few)
 
 
 def test_hidden_vectors_do_not_pile_up() -> None:

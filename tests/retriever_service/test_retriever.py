@@ -13,6 +13,7 @@ import pytest
 from rag_serving.errors import InvalidArgumentError
 from retriever_service.bounded_cache import BoundedCache
 from retriever_service.completer import Completer
+from retriever_service.context.assembler import ContextAssembler
 from retriever_service.errors import InvalidSearchParametersError, NoQuestionTokenizerError, OverloadedError
 from retriever_service.index.faiss_index import FaissIndex
 from retriever_service.index.snapshot import Snapshot
@@ -130,6 +131,50 @@ async def test_question_alone_is_answered_where_it_was_searched_and_others_as_we
         np.testing.assert_array_equal(one.contexts.input_ids, alone.contexts.input_ids)
 
 
+@pytest.mark.parametrize("backend", ["local"], indirect=True)
+@pytest.mark.parametrize("skip_contexts", [True, False])
+async def test_contexts_of_a_long_document_hold_nobody_else_back(
+    retrieving: Retrieving,
+    tmp_path: Path,
+    build_corpus: Build,
+    monkeypatch: pytest.MonkeyPatch,
+    skip_contexts: bool,
+) -> None:
+    """They were assembled in the thread that searches: others waited seconds for documents of a megabyte."""
+    lines = [
+        {"key": "long", "text": "river " * 4000, "embedding": [1.0, 0.0]},
+        {"key": "short", "text": "river", "embedding": [0.0, 1.0]},
+    ]
+    snapshot = build_corpus(write_jsonl(tmp_path / "long.jsonl", lines), tmp_path / "long")
+    gate, begun = threading.Event(), threading.Event()
+    assemble_batch = ContextAssembler.assemble_batch
+
+    def held(self: ContextAssembler, batch: Any, **settings: Any) -> Any:
+        if any(len(part.text) > 1000 for parts in batch for part in parts):
+            begun.set()
+            assert gate.wait(20)
+        return assemble_batch(self, batch, **settings)
+
+    monkeypatch.setattr(ContextAssembler, "assemble_batch", held)
+    questions = np.eye(2, dtype=np.float32)
+    async with retrieving(snapshot) as retriever, asyncio.timeout(15):
+        waiting = asyncio.create_task(retriever.retrieve(query(questions[:1], 1)))
+        assert await asyncio.to_thread(begun.wait, 5)
+        for others in (1, 8):
+            asked = [
+                retriever.retrieve(query(questions[1:], 1, skip_contexts=skip_contexts))
+                for _ in range(others)
+            ]
+            for answer in await asyncio.gather(*asked):
+                assert answer.rows.tolist() == [[1]]
+                assert (answer.contexts is None) == skip_contexts
+        assert not waiting.done()
+        gate.set()
+        contexts = (await waiting).contexts
+    assert contexts is not None
+    assert contexts.input_ids.shape == (1, 60)
+
+
 async def test_equal_scores_stand_in_row_order(
     retrieving: Retrieving, tmp_path: Path, build_corpus: Build
 ) -> None:
@@ -140,6 +185,7 @@ async def test_equal_scores_stand_in_row_order(
     assert retrieved.rows.tolist() == [[1, 3, 5, 7, 9, 0, 2, 4, 6, 8]]
 
 
+@pytest.mark.usefixtures("approximate")
 async def test_fewer_hits_are_reported_and_never_padded_with_documents(
     retrieving: Retrieving, build: Build
 ) -> None:

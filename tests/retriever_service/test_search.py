@@ -183,6 +183,7 @@ async def test_live_recall_is_that_of_the_answers(retrieving: Retrieving, snapsh
         assert mean < 1
 
 
+@pytest.mark.usefixtures("approximate")
 @pytest.mark.parametrize("backend", ["milvus"], indirect=True)
 async def test_live_recall_on_milvus_comes_from_parts_of_the_documents(
     retrieving: Retrieving, snapshots: Build, monkeypatch: pytest.MonkeyPatch

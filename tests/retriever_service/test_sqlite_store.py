@@ -1,5 +1,6 @@
 """Documents and embeddings in SQLite."""
 
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -98,6 +99,27 @@ def test_threads_read_at_once(file: Path) -> None:
     for thread in threads:
         thread.join()
     assert sum(wrong) == 0
+    store.close()
+
+
+def test_connections_of_threads_that_have_ended_are_closed(file: Path) -> None:
+    """They stayed until the store was closed: a few with each generation of one corpus."""
+    store = SqliteStore(file, DIM)
+    connections: list[sqlite3.Connection] = []
+
+    def read() -> None:
+        store.documents_by_row([0])
+        connections.append(store._local.opened.connection)
+
+    for _ in range(5):
+        thread = threading.Thread(target=read)
+        thread.start()
+        thread.join()
+    assert len(store._connections) == 1
+    for connection in connections:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed database"):
+            connection.execute("SELECT 1")
+    assert len(store.documents_by_row([0, 1])) == 2
     store.close()
 
 
