@@ -23,7 +23,7 @@ _MAX_KEY_BYTES = 1024
 _MAX_REQUEST_ID_BYTES = 256
 _MAX_METADATA_BYTES = 1 << 16
 # What a message has beside its documents' own bytes: a tag and a length for each, a token and a total for all.
-_MAX_ELEMENT_BYTES = 6
+MAX_ELEMENT_BYTES = 6
 _MAX_PAGE_FIELDS_BYTES = 2048
 
 
@@ -137,7 +137,7 @@ def documents_within(found: Sequence[Document], max_bytes: int) -> list[document
     documents: list[document_pb2.Document] = []
     for one in found:
         made = document(one)
-        max_bytes -= made.ByteSize() + _MAX_ELEMENT_BYTES
+        max_bytes -= made.ByteSize() + MAX_ELEMENT_BYTES
         if max_bytes < 0:
             break
         documents.append(made)

@@ -11,7 +11,7 @@ from rag_serving.errors import InvalidArgumentError
 from rag_serving.interceptors.base import Context
 from retriever_service.context.assembler import ContextAssembler
 from retriever_service.corpus_servicer import CorpusServicer, IndexDefaults
-from retriever_service.corpus_wire import ChangeLimits, document, documents_within
+from retriever_service.corpus_wire import MAX_ELEMENT_BYTES, ChangeLimits, document, documents_within
 from retriever_service.filter_wire import read_filter
 from retriever_service.generations import Generations
 from retriever_service.maintenance import Maintenance
@@ -79,7 +79,8 @@ class RetrieverServicer(CorpusServicer):
             if limits.dimension != manifest.dimension:  # another index was activated
                 limits = replace(limits, dimension=manifest.dimension)
             query = _read_query(request, limits)
-            return _response(await served.retriever.retrieve(query), request)
+            retrieved = await served.retriever.retrieve(query)
+            return _response(retrieved, request, self._change_limits.max_message_bytes)
 
     async def GetDocuments(  # noqa: N802
         self, request: retriever_service_pb2.GetDocumentsRequest, _context: Context
@@ -115,7 +116,7 @@ class RetrieverServicer(CorpusServicer):
 
 
 def _response(
-    retrieved: Retrieved, request: retriever_service_pb2.RetrieveRequest
+    retrieved: Retrieved, request: retriever_service_pb2.RetrieveRequest, max_bytes: int
 ) -> retriever_service_pb2.RetrieveResponse:
     batch, n_docs = retrieved.rows.shape
     response = retriever_service_pb2.RetrieveResponse(
@@ -133,7 +134,15 @@ def _response(
     if request.include_retrieved_doc_embeds:
         response.retrieved_doc_embeds.CopyFrom(tensor_codec.encode(retrieved.doc_embeds))
     if request.include_documents:
-        response.documents.extend(_documents(retrieved))
+        left = max_bytes - response.ByteSize()
+        for one in _documents(retrieved):
+            left -= one.ByteSize() + MAX_ELEMENT_BYTES
+            if left < 0:
+                raise InvalidArgumentError(
+                    "include_documents",
+                    f"the documents are more than an answer of {max_bytes} bytes holds: read them by GetDocuments",
+                )
+            response.documents.append(one)
     return response
 
 

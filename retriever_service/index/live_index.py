@@ -70,7 +70,7 @@ class LiveIndex(IndexOver):
         self._rows = rows
         self._changing = threading.Lock()
         self._segment = FreshSegment(base.dimension)
-        next_row = base.ntotal if rows is None else int(rows[-1]) + 1
+        next_row = base.ntotal if rows is None else int(rows.max(initial=-1)) + 1
         self._state = _State(_Visible.all_of(base.ntotal), self._segment.now, next_row)
 
     @property

@@ -422,6 +422,11 @@ async def test_answers_hold_as_many_documents_as_a_message(serve_retriever: Serv
         read = await stub.GetDocuments(fits)
         assert [document.key for document in read.documents] == keys[:4]
         assert list(read.missing_keys) == ["none"]
+        asked = request(n_docs=30, include_documents=True, skip_contexts=True)
+        with pytest.raises(grpc.aio.AioRpcError, match="read them by GetDocuments") as caught:
+            await stub.Retrieve(asked)
+        assert violated_fields(caught.value) == ["include_documents"]
+        assert len((await stub.Retrieve(request(n_docs=30, skip_contexts=True))).n_docs_found) == 3
 
 
 def test_page_has_one_document_however_large() -> None:
