@@ -18,6 +18,7 @@ from retriever_service.index.faiss_parts import (
     has_exact_scores,
     is_exhaustive,
     names_rows,
+    order_no_codes,
     reason_of,
     search_parameters,
     set_knobs,
@@ -207,6 +208,7 @@ class FaissBuilder:
         ivf = find_part(self._index, faiss.IndexIVF)
         if ivf is not None and ivf.nlist < 1:
             raise BuildError(f"kind {kind!r}: IVF needs at least one cell")
+        order_no_codes(self._index)
         self._kind = kind
         self._index.verbose = False
 

@@ -35,6 +35,22 @@ def set_knobs(index: Any, nprobe: int | None, ef_search: int | None) -> None:
         hnsw.hnsw.efSearch = ef_search
 
 
+def order_no_codes(index: Any) -> None:
+    """Leaves out of training what orders a product quantizer's centroids for searches by Hamming distance.
+
+    It takes most of the time of training, and no search here is one: distances do not depend on the order.
+    """
+    graph = find_part(index, faiss.IndexHNSW)
+    for whole, kind in (
+        (index, faiss.IndexPQ),
+        (index, faiss.IndexIVFPQ),
+        (None if graph is None else graph.storage, faiss.IndexPQ),
+    ):
+        quantized = None if whole is None else find_part(whole, kind)
+        if quantized is not None:
+            quantized.do_polysemous_training = False
+
+
 def names_rows(index: Any) -> bool:
     """Whether the ids that a search finds are 0 … ntotal - 1, each once: an IDMap or an IVF may hold others."""
     mapped, ivf = find_part(index, faiss.IndexIDMap), find_part(index, faiss.IndexIVF)

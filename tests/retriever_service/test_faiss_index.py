@@ -19,6 +19,7 @@ from retriever_service.index.faiss_index import (
     normalized_kind,
     set_num_threads,
 )
+from retriever_service.index.faiss_parts import find_part
 from retriever_service.types import Metric, SearchParameters
 
 DIM = 16
@@ -245,3 +246,26 @@ def test_few_questions_take_no_more_of_few_threads_than_they_are(
         index.search(QUESTIONS[:num_questions], 5, SearchParameters())
         assert default_num_threads() == threads
     assert watched.threads == taken
+
+
+@pytest.mark.parametrize(
+    "kind", ["PQ4x4", "IVF4,PQ4x4", "OPQ4,IVF4,PQ4x4", "IVF4,PQ4x4,RFlat", "HNSW8_PQ4x4"]
+)
+def test_training_orders_no_codes_and_finds_what_an_ordered_index_finds(kind: str) -> None:
+    """faiss orders centroids for searches by Hamming distance, a second for each codebook of 256."""
+    vectors = np.random.default_rng(3).standard_normal((300, 16)).astype(np.float32)
+    ordered = faiss.index_factory(16, kind, faiss.METRIC_INNER_PRODUCT)
+    ordered.train(vectors)
+    ordered.add(vectors)
+    builder = FaissBuilder(kind, 16, Metric.INNER_PRODUCT)
+    builder.train(vectors)
+    builder.add(vectors)
+    parts = [find_part(builder._index, one) for one in (faiss.IndexPQ, faiss.IndexIVFPQ)]
+    graph = find_part(builder._index, faiss.IndexHNSW)
+    if graph is not None:
+        parts.append(faiss.downcast_index(graph.storage))
+    assert [part.do_polysemous_training for part in parts if part is not None] == [False]
+    for found, wanted in zip(
+        builder._index.search(vectors[:9], 5), ordered.search(vectors[:9], 5), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
