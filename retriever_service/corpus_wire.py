@@ -5,7 +5,7 @@ import binascii
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ _MAX_KEY_BYTES = 1024
 _MAX_REQUEST_ID_BYTES = 256
 _MAX_METADATA_BYTES = 1 << 16
 # What a message has beside its documents' own bytes: a tag and a length for each, a token and a total for all.
-MAX_ELEMENT_BYTES = 6
+_MAX_ELEMENT_BYTES = 6
 _MAX_PAGE_FIELDS_BYTES = 2048
 
 
@@ -121,7 +121,7 @@ def page_response(
 ) -> retriever_service_pb2.ListDocumentsResponse:
     """Returns as much of a page as a message holds, one document at least; the next page goes on behind it."""
     max_bytes = limits.max_message_bytes - _MAX_PAGE_FIELDS_BYTES
-    documents = documents_within(page.documents, max_bytes)
+    documents = documents_within(map(document, page.documents), max_bytes)
     if page.documents and not documents:
         documents = [document(page.documents[0])]
     more = page.more or len(documents) < len(page.documents)
@@ -132,15 +132,14 @@ def page_response(
     )
 
 
-def documents_within(found: Sequence[Document], max_bytes: int) -> list[document_pb2.Document]:
-    """Returns the first of these documents as they go on the wire, as many as so many bytes of a message hold."""
+def documents_within(made: Iterable[document_pb2.Document], max_bytes: int) -> list[document_pb2.Document]:
+    """Returns the first of these documents, as many as so many bytes of a message hold."""
     documents: list[document_pb2.Document] = []
-    for one in found:
-        made = document(one)
-        max_bytes -= made.ByteSize() + MAX_ELEMENT_BYTES
+    for one in made:
+        max_bytes -= one.ByteSize() + _MAX_ELEMENT_BYTES
         if max_bytes < 0:
             break
-        documents.append(made)
+        documents.append(one)
     return documents
 
 

@@ -11,7 +11,7 @@ from rag_serving.errors import InvalidArgumentError
 from rag_serving.interceptors.base import Context
 from retriever_service.context.assembler import ContextAssembler
 from retriever_service.corpus_servicer import CorpusServicer, IndexDefaults
-from retriever_service.corpus_wire import MAX_ELEMENT_BYTES, ChangeLimits, document, documents_within
+from retriever_service.corpus_wire import ChangeLimits, document, documents_within
 from retriever_service.filter_wire import read_filter
 from retriever_service.generations import Generations
 from retriever_service.maintenance import Maintenance
@@ -96,7 +96,7 @@ class RetrieverServicer(CorpusServicer):
             missing_rows=[row for row in request.rows if row not in by_row],
         )
         max_bytes = self._change_limits.max_message_bytes
-        response.documents.extend(documents_within(found, max_bytes - response.ByteSize()))
+        response.documents.extend(documents_within(map(document, found), max_bytes - response.ByteSize()))
         if len(response.documents) < len(found):
             raise InvalidArgumentError(
                 "keys" if request.keys else "rows",
@@ -134,15 +134,12 @@ def _response(
     if request.include_retrieved_doc_embeds:
         response.retrieved_doc_embeds.CopyFrom(tensor_codec.encode(retrieved.doc_embeds))
     if request.include_documents:
-        left = max_bytes - response.ByteSize()
-        for one in _documents(retrieved):
-            left -= one.ByteSize() + MAX_ELEMENT_BYTES
-            if left < 0:
-                raise InvalidArgumentError(
-                    "include_documents",
-                    f"the documents are more than an answer of {max_bytes} bytes holds: read them by GetDocuments",
-                )
-            response.documents.append(one)
+        response.documents.extend(documents_within(_documents(retrieved), max_bytes - response.ByteSize()))
+        if len(response.documents) < retrieved.rows.size:
+            raise InvalidArgumentError(
+                "include_documents",
+                f"the documents are more than an answer of {max_bytes} bytes holds: read them by GetDocuments",
+            )
     return response
 
 

@@ -78,7 +78,7 @@ def _write_index(
     builder = FaissBuilder(serving.kind, serving.dimension, serving.metric)
     if builder.needs_training:
         progress("train", 0, 1)
-        builder.train(_sample(store, rows, builder.num_training_vectors, builder.dimension))
+        builder.train(_sample(store, rows, builder.num_training_vectors))
     done = 0
     progress("index", done, len(rows))
     for vectors in store.embeddings_in_chunks(rows, _VECTORS_PER_CHUNK):
@@ -90,15 +90,10 @@ def _write_index(
     builder.save(file, **knobs)
 
 
-def _sample(store: LiveStore, rows: Int64Array, size: int, dimension: int) -> Float32Array:
+def _sample(store: LiveStore, rows: Int64Array, size: int) -> Float32Array:
     if len(rows) > size:
         rows = np.sort(np.random.default_rng(_TRAINING_SEED).choice(rows, size=size, replace=False))
-    sample = np.empty((len(rows), dimension), dtype=np.float32)
-    done = 0
-    for vectors in store.embeddings_in_chunks(rows, _VECTORS_PER_CHUNK):
-        sample[done : done + len(vectors)] = vectors
-        done += len(vectors)
-    return sample
+    return store.many_embeddings(rows, _VECTORS_PER_CHUNK)
 
 
 def _check(cancelled: threading.Event) -> None:

@@ -74,7 +74,7 @@ def _build(
     checkpoint = _Checkpoint(builder, work / _PARTIAL_FILE, options.checkpoint_s)
     if not checkpoint.resumed and builder.needs_training:
         progress("train", 0, 1)
-        builder.train(_sample(store, builder.num_training_vectors, builder.dimension))
+        builder.train(_sample(store, builder.num_training_vectors))
         checkpoint.write()
         progress("train", 1, 1)
     progress("index", builder.ntotal, len(store))
@@ -167,18 +167,10 @@ def _rename_durably(unfinished: Path, file: Path) -> None:
     unfinished.replace(file)
 
 
-def _sample(store: SqliteStore, size: int, dimension: int) -> Float32Array:
-    """Returns `size` embeddings, or all, drawn evenly; the same on every build of the same corpus.
-
-    Read in chunks: rows as SQLite gives them take as much memory again.
-    """
+def _sample(store: SqliteStore, size: int) -> Float32Array:
+    """Returns `size` embeddings, or all, drawn evenly; the same on every build of the same corpus."""
     if len(store) <= size:
         rows = np.arange(len(store))
     else:
         rows = np.random.default_rng(_TRAINING_SEED).choice(len(store), size=size, replace=False)
-    rows = np.sort(rows)
-    sample = np.empty((len(rows), dimension), dtype=np.float32)
-    for start in range(0, len(rows), _VECTORS_PER_CHUNK):
-        chunk = rows[start : start + _VECTORS_PER_CHUNK]
-        sample[start : start + len(chunk)] = store.embeddings_of(chunk.tolist())
-    return sample
+    return store.many_embeddings(np.sort(rows), _VECTORS_PER_CHUNK)

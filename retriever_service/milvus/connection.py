@@ -86,7 +86,7 @@ class MilvusConnection:
                 named["retry_on_rate_limit"] = False
             return getattr(self._client, method)(*arguments, timeout=timeout, **named)
         except Exception as error:
-            raise self._meaning(error, is_there=self._is_there(error, arguments)) from error
+            raise self._meaning(error, *arguments) from error
 
     def refused(self, method: str, *arguments: Any, **named: Any) -> str | None:
         """Calls a method with what not every Milvus can do; returns why it refuses, None where it does not."""
@@ -95,7 +95,7 @@ class MilvusConnection:
         except Exception as error:
             code = getattr(error, "code", None)
             if _own(error) is not None or code in _EXHAUSTED | _GONE | _NOT_READY:
-                raise self._meaning(error) from error
+                raise self._meaning(error, *arguments) from error
             return _said(error)
         return None
 
@@ -143,15 +143,14 @@ class MilvusConnection:
         """Closes the connection."""
         self._client.close()
 
-    def _is_there(self, error: Exception, arguments: Sequence[Any]) -> bool:
-        """Whether a collection is there that an error says is not found: parts of Milvus may say so for a moment."""
-        if getattr(error, "code", None) not in _GONE or not arguments:
-            return False
+    def _may_be_there(self, collection: str) -> bool:
+        """Whether a collection is there that was not found: parts of Milvus may say so for a moment."""
         with contextlib.suppress(Exception):
-            return bool(self._client.has_collection(arguments[0], timeout=self.address.timeout_s))
+            return bool(self._client.has_collection(collection, timeout=self.address.timeout_s))
         return True
 
-    def _meaning(self, error: Exception, *, is_there: bool = False) -> Exception:
+    def _meaning(self, error: Exception, *arguments: Any) -> Exception:
+        """Returns what is raised for an error of a call with these arguments, the collection first."""
         said_here = _own(error)
         if said_here is not None:
             return said_here
@@ -159,7 +158,7 @@ class MilvusConnection:
         message = f"Milvus at {self.address.uri}: {_said(error)}"
         if code in _EXHAUSTED:
             return DiskFullError(message, retry_after_s=5.0)
-        if code in _GONE and not is_there:
+        if code in _GONE and not (arguments and self._may_be_there(arguments[0])):
             return DataLossError(message)
         if code in _WRONG:
             return InternalError(message)

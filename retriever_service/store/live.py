@@ -22,7 +22,7 @@ from retriever_service.store.filter_sql import where_clause
 from retriever_service.store.live_connection import LiveConnection, open_live
 from retriever_service.store.matching_rows import MatchingRows
 from retriever_service.store.sqlite import SqliteStore
-from retriever_service.types import Document, Float32Array, Int64Array, Selection
+from retriever_service.types import Document, Int64Array, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,11 +156,6 @@ class LiveStore(SqliteStore):
         values: list[Any] = [size] if after_key is None else [after_key, size]
         with self._reading() as connection:
             return [self._document(found) for found in connection.execute(query, values)]
-
-    def embeddings_in_chunks(self, rows: Int64Array, size: int) -> Iterator[Float32Array]:
-        """Yields the embeddings of rows int64, float32 [at most size, dimension] at a time."""
-        for start in range(0, len(rows), size):
-            yield self.embeddings_of(rows[start : start + size].tolist())
 
     def _document(self, found: Sequence[Any]) -> Document:
         row, key, title, text, metadata = found

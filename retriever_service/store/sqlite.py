@@ -92,6 +92,18 @@ class SqliteStore(DocumentStore):
                 embeddings[places] = joined.reshape(-1, self._dimension)
         return embeddings
 
+    def embeddings_in_chunks(self, rows: Int64Array, size: int) -> Iterator[Float32Array]:
+        """Yields the embeddings of rows int64, float32 [at most size, dimension] at a time."""
+        for start in range(0, len(rows), size):
+            yield self.embeddings_of(rows[start : start + size].tolist())
+
+    def many_embeddings(self, rows: Int64Array, size: int) -> Float32Array:
+        """Returns those of rows int64, read in chunks: as SQLite gives them they take as much memory again."""
+        embeddings = np.empty((len(rows), self._dimension), dtype=np.float32)
+        for number, chunk in enumerate(self.embeddings_in_chunks(rows, size)):
+            embeddings[number * size : number * size + len(chunk)] = chunk
+        return embeddings
+
     def rows(self) -> Int64Array:
         """Returns the rows of all documents: see DocumentStore."""
         return np.arange(len(self), dtype=np.int64)

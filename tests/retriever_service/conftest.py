@@ -115,6 +115,13 @@ def folder(tmp_path: Path, corpus: Path) -> Path:
     return tmp_path / "index"
 
 
+@pytest.fixture
+def other_folder(tmp_path: Path) -> Path:
+    """An index folder of half as many documents."""
+    build(write_jsonl(tmp_path / "other.jsonl", make_documents(30, DIM)), tmp_path / "other")
+    return tmp_path / "other"
+
+
 @pytest.fixture(scope="session")
 def milvus_engine(request: pytest.FixtureRequest) -> Callable[[Path], MilvusServer]:
     """Makes a Milvus of the kind that --milvus names, below a folder."""

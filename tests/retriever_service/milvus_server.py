@@ -5,33 +5,29 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from retriever_service.milvus.connection import MilvusAddress
 from retriever_service.milvus.library import MilvusLibrary
+from tests.retriever_service.milvus_process import MilvusProcess
 from tests.retriever_service.milvus_standalone import StandaloneMilvus
 
 LEASE_S = 2.0
+_STARTS_WITHIN_S = 60.0
 
 
-class LiteMilvus:
+class LiteMilvus(MilvusProcess):
     """One server process; `stop` kills it, and `start` begins another on the same port and data."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self._port}"
-
-    @property
-    def pid(self) -> int | None:
-        """Of the process that serves."""
-        return None if self._process is None else self._process.pid
 
     def start(self) -> None:
         command = [
@@ -39,18 +35,12 @@ class LiteMilvus:
             *("--port", str(self._port), "--data-dir", str(self._folder)),
         ]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until_s = time.monotonic() + 60
-        while time.monotonic() < until_s:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1):
-                return
-            time.sleep(0.05)
-        raise TimeoutError("milvus-lite does not listen")
+        self._await(self._listens, _STARTS_WITHIN_S)
 
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+    def _listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1):
+            return True
+        return False
 
 
 MilvusServer = LiteMilvus | StandaloneMilvus

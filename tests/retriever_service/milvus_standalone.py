@@ -11,10 +11,11 @@ import re
 import socket
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from tests.retriever_service.milvus_process import MilvusProcess
 
 _STARTS_WITHIN_S = 120.0
 _PORTS = ("etcd_port", "root_coord_port", "proxy_port", "proxy_internal_port", "query_coord_port")
@@ -38,13 +39,13 @@ def is_installed() -> bool:
     return importlib.util.find_spec("milvus") is not None
 
 
-class StandaloneMilvus:
+class StandaloneMilvus(MilvusProcess):
     """One engine; `stop` kills it, and `start` begins another on the same ports and data."""
 
     def __init__(self, folder: Path) -> None:
         """Writes its configuration below the folder."""
+        super().__init__()
         self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
         package = _package()
         ports = _free_ports(len(_PORTS) + 2)
         self._health_port, etcd_peer_port = ports[-2:]
@@ -76,11 +77,6 @@ class StandaloneMilvus:
             )
         )
 
-    @property
-    def pid(self) -> int | None:
-        """Of the process that serves."""
-        return None if self._process is None else self._process.pid
-
     def start(self) -> None:
         """Starts it and waits until it is well."""
         binaries = _binaries()
@@ -99,21 +95,7 @@ class StandaloneMilvus:
                 stdout=output,
                 stderr=output,
             )
-        until_s = time.monotonic() + _STARTS_WITHIN_S
-        while time.monotonic() < until_s:
-            if self._process.poll() is not None:
-                raise RuntimeError(f"Milvus ended by itself: see {self._folder / 'logs'}")
-            if self._is_well():
-                return
-            time.sleep(0.05)
-        raise TimeoutError("Milvus does not become well")
-
-    def stop(self) -> None:
-        """Kills it."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        self._await(self._is_well, _STARTS_WITHIN_S)
 
     def _is_well(self) -> bool:
         try:

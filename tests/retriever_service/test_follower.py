@@ -2,8 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,13 @@ import pytest
 
 from rag.retriever.v1 import document_pb2, retriever_service_pb2
 from rag_serving.errors import RagError, UnavailableError
-from rag_serving.metrics import Metrics
-from retriever_service.config import RetrieverSettings
 from retriever_service.corpus import lock
 from retriever_service.errors import ReadOnlyError
 from retriever_service.filters import Equal, Not
-from retriever_service.main import Serving, load, make_serving
-from retriever_service.metrics import RetrieverMetrics
+from retriever_service.main import Serving
 from retriever_service.types import Query, SearchParameters
+from tests.retriever_service.in_process import in_process
 from tests.retriever_service.servicer_calls import DIM, tensor
-from tests.retriever_service.tiny_models import make_documents, write_jsonl
 
 Serve = Callable[..., contextlib.AbstractAsyncContextManager[Any]]
 Build = Callable[..., Any]
@@ -32,23 +29,8 @@ def backend() -> str:
     return "local"
 
 
-@pytest.fixture
-def other_folder(tmp_path: Path, build_corpus: Build) -> Path:
-    documents = write_jsonl(tmp_path / "other.jsonl", make_documents(30, DIM))
-    build_corpus(documents, tmp_path / "other")
-    return tmp_path / "other"
-
-
-@asynccontextmanager
-async def reading(folder: Path, checkpoint: Path, **settings: Any) -> AsyncIterator[Serving]:
-    given = {"index_folder": folder, "generator_checkpoint": str(checkpoint), "read_only": True}
-    checked = RetrieverSettings.model_validate(given | settings)
-    metrics = RetrieverMetrics(Metrics("retriever"))
-    serving = make_serving(load(checked, metrics), checked, metrics)
-    try:
-        yield serving
-    finally:
-        await serving.close()
+def reading(folder: Path, checkpoint: Path, **settings: Any) -> AbstractAsyncContextManager[Serving]:
+    return in_process(folder, checkpoint, **({"read_only": True} | settings))
 
 
 def vector(seed: int) -> np.ndarray:

@@ -3,8 +3,8 @@
 import asyncio
 import gc
 import weakref
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +12,19 @@ import numpy as np
 import pytest
 
 from rag_serving.errors import RagError, UnavailableError
-from rag_serving.metrics import Metrics
-from retriever_service.config import RetrieverSettings
 from retriever_service.corpus.base import NewDocument, Upsert
 from retriever_service.generations import Description
 from retriever_service.index.manifest import Embedding
-from retriever_service.main import Serving, load, make_serving
-from retriever_service.metrics import RetrieverMetrics
+from retriever_service.main import Serving
 from retriever_service.operations import Operation
+from tests.retriever_service.in_process import in_process
 from tests.retriever_service.servicer_calls import DIM
-from tests.retriever_service.tiny_models import make_documents, write_jsonl
 
 Build = Callable[..., Any]
 
 
-@asynccontextmanager
-async def writing(folder: Path, checkpoint: Path, **settings: Any) -> AsyncIterator[Serving]:
-    given = {"index_folder": folder, "generator_checkpoint": str(checkpoint), "search_threads": 1}
-    checked = RetrieverSettings.model_validate(given | settings)
-    metrics = RetrieverMetrics(Metrics("retriever"))
-    serving = make_serving(load(checked, metrics), checked, metrics)
-    try:
-        yield serving
-    finally:
-        await serving.close()
-
-
-@pytest.fixture
-def other_folder(tmp_path: Path, build_corpus: Build) -> Path:
-    build_corpus(write_jsonl(tmp_path / "other.jsonl", make_documents(30, DIM)), tmp_path / "other")
-    return tmp_path / "other"
+def writing(folder: Path, checkpoint: Path, **settings: Any) -> AbstractAsyncContextManager[Serving]:
+    return in_process(folder, checkpoint, **({"search_threads": 1} | settings))
 
 
 async def upsert(serving: Serving, key: str) -> None:
